@@ -1,0 +1,54 @@
+"""Advantages over time: generalised advantage estimation for control."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def generalised_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    truncations: Tensor,
+    *,
+    discount: float,
+    lambda_: float,
+) -> tuple[Tensor, Tensor]:
+    """GAE(lambda) advantages and TD(lambda) returns, both `[T, B]` (arXiv 1506.02438, eq. 16).
+
+    All inputs are `[T, B]`: T steps of B environments.
+
+    - `values` V(s_t); `next_values` V of the state that step t really led to, which after the end
+      of an episode is its final state and not the first state of the next episode.
+    - `terminations` (boolean): the episode ended there; nothing follows, so nothing is bootstrapped
+      and `next_values` is not read.
+    - `truncations` (boolean): the episode was cut (a time limit); V(s_{t+1}) still counts, but the
+      sum stops.
+
+    delta_t = r_t + discount V(s_{t+1}) - V(s_t);  A_t = delta_t + discount lambda A_{t+1};
+    return_t = A_t + V(s_t). The recursion assumes that step T - 1 is cut, as at a horizon.
+    """
+    named = {
+        "rewards": rewards,
+        "values": values,
+        "next_values": next_values,
+        "terminations": terminations,
+        "truncations": truncations,
+    }
+    if rewards.ndim != 2 or len({tensor.shape for tensor in named.values()}) > 1:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named.items())
+        raise ValueError(f"all inputs must be [T, B], got {found}")
+    if terminations.dtype != torch.bool or truncations.dtype != torch.bool:
+        raise ValueError("terminations and truncations must be boolean")
+    if not (0 <= discount <= 1 and 0 <= lambda_ <= 1):
+        raise ValueError(f"discount and lambda_ must lie in [0, 1], got {discount}, {lambda_}")
+    bootstrap = torch.where(terminations, 0.0, next_values)
+    deltas = rewards + discount * bootstrap - values
+    ends = terminations | truncations
+    advantages = torch.empty_like(deltas)
+    following = torch.zeros_like(deltas[0])
+    for step in reversed(range(len(deltas))):
+        following = deltas[step] + discount * lambda_ * torch.where(ends[step], 0.0, following)
+        advantages[step] = following
+    return advantages, advantages + values

@@ -1,0 +1,197 @@
+"""The library's commands as functions: what the command line calls, and Python users too."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgrad.catalogue import method_class
+from postgrad.config import LoopSettings, Settings, flat, nest, read_yaml, resolve
+from postgrad.errors import PostgradError
+from postgrad.methods.base import Method, Place
+from postgrad.seeding import seed_everything
+from postgrad.training.console import Silent, Terminal
+from postgrad.training.loop import Finished, Loop, pick_device, writable
+from postgrad.training.record import CONFIG, RUN, RunFolder, is_run
+
+
+@dataclass
+class Run:
+    """A finished (or interrupted) training run: where it is, the method as trained, its last words."""
+
+    folder: Path
+    method: Method
+    finished: Finished
+
+    @property
+    def evaluation(self) -> dict[str, float]:
+        return self.finished.evaluation
+
+
+def train(
+    method: str,
+    *,
+    config: str | Path | Mapping[str, Any] | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train `method` and return the run: `train("dpo", model="smollm2", data="pairs.jsonl")`.
+
+    `settings` are the keys that `postgrad show METHOD` lists; nested ones as dictionaries. `model`,
+    `data` and `reward` also take objects: a policy of `postgrad.models`, a list of rows, a function.
+    Raises `PostgradError` for anything the caller can mend.
+    """
+    kind = method_class(method)
+    base = read_yaml(config) if isinstance(config, (str, Path)) else dict(config or {})
+    _require_method(base.pop("method", method), method)
+    objects = {name: value for name, value in settings.items() if not _plain(value)}
+    named = {name: f"<{type(value).__name__} object>" for name, value in objects.items()}
+    loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named})
+    return _start(method, loop, own, objects, quiet)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    allow_changes: bool = False,
+    quiet: bool = True,
+    **settings: Any,
+) -> Run:
+    """Continue a run from its last good checkpoint; `settings` that differ are named and refused.
+
+    Raises `PostgradError` if the folder is no run, the configuration or the data differ and
+    `allow_changes` is off, or the run used objects that were passed from Python.
+    """
+    folder = Path(folder)
+    if not is_run(folder):
+        raise PostgradError(f"{folder} is not a run folder: it has no {CONFIG} and {RUN}")
+    saved = read_yaml(folder / CONFIG)
+    method = str(saved.pop("method"))
+    kind = method_class(method)
+    old = resolve(kind.Config, kind.recipe, saved)
+    loop, own = resolve(kind.Config, kind.recipe, saved, settings)
+    changed = _differences({**flat(old[0]), **flat(old[1])}, {**flat(loop), **flat(own)})
+    changed = [line for line in changed if not line.startswith("output:")]
+    if changed and not allow_changes:
+        raise PostgradError(
+            f"the configuration differs from that of {folder}: {'; '.join(changed)} "
+            "(--allow-changes continues all the same)"
+        )
+    loop = loop.model_copy(update={"output": str(folder)})
+    return _start(method, loop, own, {}, quiet, resumed=True, allow_changes=allow_changes)
+
+
+def _start(
+    slug: str,
+    loop: LoopSettings,
+    own: Settings,
+    objects: dict[str, Any],
+    quiet: bool,
+    *,
+    resumed: bool = False,
+    allow_changes: bool = False,
+) -> Run:
+    path = Path(loop.output or Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not resumed:
+        if is_run(path):
+            raise PostgradError(
+                f"output: {path} already holds a run: continue it with --resume {path}, "
+                "or choose another folder"
+            )
+        writable(path)
+    if loop.threads is not None:
+        torch.set_num_threads(loop.threads)
+    seed_everything(loop.seed)
+    method = build(slug, own, Place(loop.seed, pick_device(loop.device)), objects)
+    method.check()
+    seed_everything(loop.seed)
+    folder = RunFolder(path, trackers=loop.log, name=slug)
+    settings = {"method": slug, **own.model_dump(mode="json"), **loop.model_dump(mode="json")}
+    prints = method.fingerprints()
+    if resumed:
+        _require_same_data(path, prints, allow_changes)
+    else:
+        folder.create(settings, _about(slug, prints))
+    watch = Terminal(loop.steps, 0) if not quiet else nullcontext(Silent())
+    with folder, watch as watcher:
+        trainer = Loop(method, loop, folder, watcher)
+        if resumed:
+            trainer.restore()
+        folder.open(settings, trainer.step if resumed else -1)
+        finished = trainer.run()
+        method.save(path / "model")
+        if loop.report:
+            from postgrad.reports.run import write_run_report
+
+            write_run_report(path)
+    return Run(path, method, finished)
+
+
+def build(slug: str, own: Settings, place: Place, objects: Mapping[str, Any]) -> Method:
+    """The method as an object, with parts that a Python caller made put in place of named ones."""
+    kind = method_class(slug)
+    try:
+        return kind(own, place, **objects)
+    except TypeError as error:
+        odd = [name for name in objects if f"'{name}'" in str(error)]
+        if odd:
+            raise PostgradError(f"{odd[0]}: {slug} takes no object here, only a name") from error
+        raise
+
+
+def _about(slug: str, prints: dict[str, str]) -> dict[str, Any]:
+    return {
+        "method": slug,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "data": prints,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("postgrad", "torch", "transformers")},
+    }
+
+
+def _require_same_data(path: Path, prints: dict[str, str], allow_changes: bool) -> None:
+    before = json.loads((path / RUN).read_text(encoding="utf-8"))["data"]
+    changed = [name for name in prints if before.get(name) != prints[name]]
+    if changed and not allow_changes:
+        raise PostgradError(
+            f"{changed[0]}: its content has changed since {path} was started "
+            "(--allow-changes continues all the same)"
+        )
+
+
+def _require_method(written: str, asked: str) -> None:
+    if written != asked:
+        raise PostgradError(f"method: the configuration is for {written!r}, not {asked!r}")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value can stand in a configuration file, so is no object of Python's."""
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        # rows of data are an object; lists of names and numbers are settings
+        return all(_plain(item) and not isinstance(item, Mapping) for item in value) or all(
+            isinstance(item, Mapping) and "name" in item for item in value
+        )
+    return value is None or isinstance(value, (bool, int, float, str, Path))
+
+
+__all__ = ["Run", "build", "nest", "resume", "train"]

@@ -1,0 +1,81 @@
+"""What exists: every method's slug, title, paper, family and status, known without importing torch."""
+
+import importlib
+import json
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from postgrad.errors import PostgradError, unknown
+
+if TYPE_CHECKING:
+    from postgrad.methods.base import Method
+
+_HERE = Path(__file__).parent
+RESULTS = _HERE / "claims" / "results"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the catalogue.
+
+    `status` is `ready` (trains from one command and its claim has been run), `planned`, or
+    `baseline` (trains from one command; what the published methods are compared with).
+    """
+
+    slug: str
+    title: str
+    paper: str
+    year: int
+    family: str
+    kind: str
+    needs: str
+    python: str | None
+    status: str
+
+    @property
+    def result_file(self) -> Path:
+        """Where the committed result of this method's claim lies."""
+        return RESULTS / f"{self.slug}.json"
+
+    def result(self) -> dict[str, Any] | None:
+        """The committed result of this method's claim, if it has been run."""
+        if not self.result_file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
+        return found
+
+
+@cache
+def entries() -> dict[str, Entry]:
+    """All entries by slug: the published methods first, then the baselines."""
+    listed = tomllib.loads((_HERE / "catalogue.toml").read_text(encoding="utf-8"))
+    found = {}
+    for row in listed["method"]:
+        ready = "python" in row and (RESULTS / f"{row['slug']}.json").is_file()
+        status = "ready" if ready else "planned"
+        found[row["slug"]] = Entry(python=row.pop("python", None), status=status, **row)
+    for row in listed["baseline"]:
+        found[row["slug"]] = Entry(status="baseline", **row)
+    return found
+
+
+def entry(slug: str) -> Entry:
+    """The entry called `slug`, or an error that suggests the nearest one."""
+    if slug not in entries():
+        raise unknown("method", slug, entries())
+    return entries()[slug]
+
+
+def method_class(slug: str) -> type["Method"]:
+    """The class that implements a method."""
+    found = entry(slug)
+    if found.python is None:
+        raise PostgradError(
+            f"{slug} is planned, not yet implemented: `postgrad list --ready` shows what is"
+        )
+    module, name = found.python.split(":")
+    kind: type[Method] = getattr(importlib.import_module(module), name)
+    return kind

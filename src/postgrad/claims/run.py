@@ -1,0 +1,113 @@
+"""Running a claim: every arm under every seed, resumable, and the verdict with its intervals."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from postgrad.claims.base import Claim, Outcome, load_claim
+from postgrad.evaluation.statistics import mean_interval, verdict
+
+
+def reproduce(
+    slug: str,
+    *,
+    seeds: int = 3,
+    quick: bool = False,
+    output: Path | None = None,
+    jobs: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run the claim of `slug` and return its result (also written to `output/result.json`).
+
+    Finished arms are kept in `output` and not run again, so an interrupted call continues. Arms
+    run in `jobs` processes (default: one a core) of one thread each, which makes their numbers
+    independent of how many run at once.
+    """
+    claim = load_claim(slug)
+    output = output or Path("runs/reproduce") / (f"{slug}-quick" if quick else slug)
+    output.mkdir(parents=True, exist_ok=True)
+    wanted = [(arm, seed) for seed in range(seeds) for arm in claim.arms]
+    missing = [pair for pair in wanted if not _kept(output, *pair).is_file()]
+    say(f"{claim.slug}: {len(wanted)} runs, {len(wanted) - len(missing)} already there")
+    workers = min(jobs or os.cpu_count() or 1, max(1, len(missing)))
+    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        running = {pool.submit(_one, slug, arm, seed, quick): (arm, seed) for arm, seed in missing}
+        for done in as_completed(running):
+            arm, seed = running[done]
+            outcome = done.result()
+            path = _kept(output, arm, seed)
+            path.with_suffix(".part").write_text(json.dumps(outcome), encoding="utf-8")
+            path.with_suffix(".part").replace(path)
+            say(f"  {arm}, seed {seed}: {claim.metric} {outcome['values'][claim.metric]:.4g}")
+    found = {pair: json.loads(_kept(output, *pair).read_text(encoding="utf-8")) for pair in wanted}
+    result = summarise(claim, found, seeds, quick)
+    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def summarise(
+    claim: Claim, found: dict[tuple[str, int], dict[str, Any]], seeds: int, quick: bool
+) -> dict[str, Any]:
+    """The result object: both sides with intervals, the verdict, every arm's numbers and curves."""
+
+    def values(arm: str, name: str) -> list[float]:
+        return [found[arm, seed]["values"][name] for seed in range(seeds)]
+
+    def side(arm: str) -> dict[str, Any]:
+        return {"name": arm, **asdict(mean_interval(values(arm, claim.metric)))}
+
+    holds = verdict(
+        values(claim.method, claim.metric),
+        values(claim.baseline, claim.metric),
+        claim.higher_is_better,
+    )
+    return {
+        "slug": claim.slug,
+        "claim": claim.statement,
+        "task": claim.task,
+        "metric": claim.metric,
+        "higher_is_better": claim.higher_is_better,
+        "method": side(claim.method),
+        "baseline": side(claim.baseline),
+        "seeds": seeds,
+        "holds": "quick run, not decided" if quick else holds,
+        "seconds": round(sum(outcome["seconds"] for outcome in found.values()), 1),
+        "notes": claim.notes,
+        "arms": {
+            arm: {name: values(arm, name) for name in found[arm, 0]["values"]}
+            for arm in claim.arms
+        },
+        "curves": {
+            arm: [found[arm, seed].get("curves", {}) for seed in range(seeds)]
+            for arm in claim.arms
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("postgrad", "torch", "transformers", "numpy")},
+        },
+    }
+
+
+def _kept(output: Path, arm: str, seed: int) -> Path:
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in arm)
+    return output / f"{name}-seed{seed}.json"
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _one(slug: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    outcome: Outcome = load_claim(slug).run(arm, seed, quick)
+    return {**asdict(outcome), "seconds": time.perf_counter() - started}

@@ -1,0 +1,235 @@
+"""Typed settings: one source for defaults, YAML files, dotted overrides, errors that name the key."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from postgrad.errors import PostgradError
+
+S = TypeVar("S", bound="Settings")
+
+
+def setting(default: Any, meaning: str, *, source: str = "", **bounds: Any) -> Any:
+    """A field of a settings class: its default, what it means, and where the default comes from.
+
+    `bounds` are pydantic's (`gt`, `ge`, `lt`, `le`, `min_length`, …).
+    """
+    extra = {"source": source} if source else None
+    if isinstance(default, (list, dict, BaseModel)):
+        return Field(
+            default_factory=lambda: _copy(default),
+            description=meaning,
+            json_schema_extra=extra,
+            **bounds,
+        )
+    return Field(default, description=meaning, json_schema_extra=extra, **bounds)
+
+
+def _copy(value: Any) -> Any:
+    return value.model_copy(deep=True) if isinstance(value, BaseModel) else type(value)(value)
+
+
+class Settings(BaseModel):
+    """Base of every settings class: unknown keys, wrong types and values out of range are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, coerce_numbers_to_str=True, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans_or_infinities_as_numbers(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for name, value in values.items():
+                field = cls.model_fields.get(name)
+                if field is None:
+                    continue
+                kinds = {field.annotation, *get_args(field.annotation)}
+                if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+                    raise ValueError(f"{name}: expected a number, got {value}")
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name}: expected a finite number, got {value}")
+        return values
+
+
+class LoopSettings(Settings):
+    """What the training loop needs to know, whatever the method."""
+
+    steps: int = setting(100, "number of collected batches", gt=0)
+    seed: int = setting(0, "every random choice derives from it", ge=0)
+    output: str | None = setting(None, "run folder; a fresh one under runs/ when empty")
+    learning_rate: float = setting(1e-5, "AdamW's peak step size", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "shape of the learning rate after the warm-up"
+    )
+    warmup_steps: int = setting(0, "steps of linear warm-up", ge=0)
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", ge=0)
+    adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's moment decays")
+    adam_epsilon: float = setting(1e-8, "AdamW's denominator floor", gt=0)
+    clip_norm: float = setting(1.0, "largest global gradient norm; 0 switches clipping off", ge=0)
+    token_budget: int | None = setting(
+        16384, "tokens in one micro-batch; gradients accumulate over micro-batches", gt=0
+    )
+    precision: Literal["fp32", "bf16"] = setting("fp32", "bf16 computes under autocast")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 …")
+    threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0)
+    evaluate_every: int = setting(0, "steps between evaluations; 0: before and after only", ge=0)
+    save_every: int = setting(0, "steps between checkpoints; 0: only at the end", ge=0)
+    keep_checkpoints: int = setting(2, "how many checkpoints stay", gt=0)
+    sample_every: int = setting(10, "steps between rows of samples.jsonl and sample tables", gt=0)
+    stop_metric: str | None = setting(None, "evaluation metric watched for an early stop")
+    stop_patience: int = setting(3, "evaluations without improvement before stopping", gt=0)
+    stop_higher_is_better: bool = setting(True, "direction of stop_metric")
+    log: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        ["tensorboard"], "where metrics go besides metrics.jsonl"
+    )
+    report: bool = setting(True, "write report.html at the end")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A configuration file as a dictionary. Loads safely: no Python objects."""
+    path = Path(path)
+    if not path.is_file():
+        raise PostgradError(f"configuration file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise PostgradError(f"configuration file {path} is not valid YAML: {line}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise PostgradError(f"configuration file {path} must hold keys and values, one per line")
+    return values
+
+
+def parse_value(text: str) -> Any:
+    """A command-line value read as YAML, with `1e-6` a number as everybody expects."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PostgradError(f"cannot read the value {text!r}: not valid YAML") from error
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """`["beta=0.2", "data.columns.prompt=question"]` as a nested dictionary."""
+    values: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise PostgradError(f"expected key=value, got {word!r}")
+        values = merge(values, nest(key, parse_value(text)))
+    return values
+
+
+def nest(dotted: str, value: Any) -> dict[str, Any]:
+    """`nest("a.b", 1)` is `{"a": {"b": 1}}`."""
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid on top, descending into dictionaries.
+
+    A string below a dictionary (or above one) is read as that dictionary's `name`, so that
+    `data: file.jsonl` and `data.columns.prompt=question` go together.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(old, value)
+        elif isinstance(old, str) and isinstance(value, Mapping):
+            merged[key] = merge({"name": old}, value)
+        elif isinstance(old, Mapping) and isinstance(value, str) and "name" not in old:
+            merged[key] = {**old, "name": value}
+        else:
+            merged[key] = value
+    return merged
+
+
+def dotted_keys(kind: type[Settings], prefix: str = "") -> list[str]:
+    """Every key of a settings class, nested ones dotted."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, Settings):
+                keys += dotted_keys(part, prefix + name + ".")
+    return keys
+
+
+def unknown_key(key: str, known: Iterable[str]) -> PostgradError:
+    """The error for a key that no settings class has, suggesting the nearest one."""
+    known = list(known)
+    leaf = key.rsplit(".", 1)[-1]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    close = difflib.get_close_matches(key, known, 1, 0.6) or [
+        by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.5)
+    ]
+    hint = f"did you mean {close[0]!r}?" if close else "see `postgrad show METHOD` for its keys"
+    return PostgradError(f"unknown key {key!r}: {hint}")
+
+
+def validated(kind: type[S], values: Mapping[str, Any]) -> S:
+    """`values` as an object of the settings class, or one line that names the first wrong key."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # pydantic names the branch of a union in the location; a user never wrote it
+        path = [str(part) for part in first["loc"]]
+        key = ".".join(part for part in path if part.isidentifier() or part.isdigit())
+        if first["type"] == "extra_forbidden":
+            raise unknown_key(key, dotted_keys(kind)) from None
+        message = first["msg"].removeprefix("Value error, ")
+        if message.startswith(f"{key}:") or not key:
+            raise PostgradError(message) from None
+        raise PostgradError(
+            f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+        ) from None
+
+
+def resolve(
+    kind: type[S], recipe: Mapping[str, Any], *layers: Mapping[str, Any]
+) -> tuple[LoopSettings, S]:
+    """The loop's and the method's settings from layers of values, later layers winning.
+
+    `kind` is the method's settings class and `recipe` its own defaults for the loop. All keys live
+    in one flat file; which of the two classes a key belongs to follows from its name.
+    """
+    values: dict[str, Any] = dict(recipe)
+    for layer in layers:
+        values = merge(values, layer)
+    loop_names = set(LoopSettings.model_fields)
+    known = [*dotted_keys(kind), *dotted_keys(LoopSettings)]
+    for key in values:
+        if key not in loop_names and key not in kind.model_fields:
+            raise unknown_key(key, known)
+    loop = validated(LoopSettings, {k: v for k, v in values.items() if k in loop_names})
+    own = validated(kind, {k: v for k, v in values.items() if k not in loop_names})
+    return loop, own
+
+
+def flat(settings: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys, for comparison and display."""
+    values = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result

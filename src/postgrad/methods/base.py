@@ -1,0 +1,112 @@
+"""The contract between a method and the loop: what is this step's batch, and what is its loss."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.batch import Batch
+from postgrad.config import Settings
+
+Metrics = dict[str, float]
+LossFunction = Callable[[Batch], tuple[Tensor, Metrics]]
+
+
+@dataclass(frozen=True)
+class FourParts:
+    """A policy-gradient method as the product of four parts (unified policy gradient estimator)."""
+
+    mask: str
+    denominator: str
+    advantage: str
+    gradient: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a method lives: the run's seed and device."""
+
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+
+
+class Optimise(Protocol):
+    """The loop's side of an update: micro-batches, backward, clipping and one optimiser step."""
+
+    def __call__(self, loss: LossFunction, batch: Batch, module: str | None = None) -> Metrics:
+        """Minimise `loss` over `batch` by one step of `module`'s optimiser (default: the first).
+
+        `loss` is called on parts of the batch; their losses are added. Returns the metrics
+        averaged over parts, weighted by their number of items.
+        """
+        ...
+
+
+class Method(ABC):
+    """One published method.
+
+    A subclass declares `Config` (its settings, each default with its source), `recipe` (defaults
+    it wants for the loop) and, for policy-gradient methods, `parts`; it fills `collect` and `loss`.
+    """
+
+    Config: ClassVar[type[Settings]]
+    recipe: ClassVar[dict[str, Any]] = {}
+    parts: ClassVar[FourParts | None] = None
+
+    def __init__(self, config: Settings, place: Place):
+        self.config = config
+        self.place = place
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by name. Each that has trainable parameters gets its own optimiser."""
+
+    @abstractmethod
+    def collect(self, step: int) -> Batch:
+        """The batch of step `step` (from 0): from a dataset, rollouts, an environment, replay …"""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The share of this (part of a) batch in the whole batch's loss, and metrics."""
+
+    def minibatches(self, batch: Batch) -> Iterable[Batch]:
+        """The batches of the successive optimiser steps of one update; by default one."""
+        return [batch]
+
+    def update(self, batch: Batch, optimise: Optimise) -> Metrics:
+        """Learn from one collected batch. Override for several optimisers or inner loops."""
+        every = [optimise(self.loss, part) for part in self.minibatches(batch)]
+        return {name: sum(m[name] for m in every) / len(every) for name in every[0]}
+
+    def check(self) -> None:
+        """Find what would fail later (rewards, context lengths …) before any compute is spent."""
+
+    def evaluate(self) -> Metrics:
+        """Metrics on held-out data. Leaves every random state as it found it."""
+        return {}
+
+    def samples(self, batch: Batch) -> list[dict[str, Any]]:
+        """A few rows for people to read: prompt, response, reward terms, advantage per token …"""
+        return []
+
+    def describe_batch(self, batch: Batch) -> Metrics:
+        """Metrics of the collected batch as a whole: reward, length, degenerate groups …"""
+        return {}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Content hashes of the data in use, so that a resumed run can tell that it changed."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whatever the method remembers between steps besides its modules: tensors and plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+    def save(self, folder: Path) -> None:
+        """Write the final model into `folder`, in the format its users expect."""

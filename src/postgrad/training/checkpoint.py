@@ -1,0 +1,144 @@
+"""Checkpoints: written atomically, verified by checksum, holding everything a run needs."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from postgrad.errors import PostgradError
+from postgrad.training.tree import flatten, unflatten
+
+MANIFEST = "manifest.json"
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every global random generator."""
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def module_state(module: nn.Module) -> dict[str, Tensor]:
+    """What training can change in a module: its trainable parameters and its buffers.
+
+    A module without trainable parameters (a target network, say) is kept whole. Parameters that
+    stay frozen beside trainable ones come back from the base model, as with adapters.
+    """
+    parameters = dict(module.named_parameters())
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    persistent = module.state_dict().keys()
+    buffers = {name: b for name, b in module.named_buffers() if name in persistent}
+    return {**{name: p.detach() for name, p in (trainable or parameters).items()}, **buffers}
+
+
+def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    expected = module_state(module)
+    if expected.keys() != state.keys():
+        odd = sorted(expected.keys() ^ state.keys())[0]
+        raise PostgradError(f"the checkpoint does not fit this model: parameter {odd!r}")
+    with torch.no_grad():
+        for name, target in expected.items():
+            if target.shape != state[name].shape:
+                raise PostgradError(
+                    f"the checkpoint does not fit this model: {name!r} has shape "
+                    f"{tuple(state[name].shape)}, expected {tuple(target.shape)}"
+                )
+            target.copy_(state[name])
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` as `folder/step-NNNNNNNN`, whole or not at all; older ones beyond `keep` go."""
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".writing-{step:08d}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        structure, tensors = flatten(state)
+        (temporary / "state.json").write_text(json.dumps(structure), encoding="utf-8")
+        save_file(tensors, temporary / "state.safetensors")
+        digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        manifest = {"step": step, "sha256": digests}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in temporary.iterdir():
+            _flush(path)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _flush(folder)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = checkpoints(folder)
+        kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+        raise PostgradError(
+            f"cannot write checkpoint {target}: {error.strerror or error}; {kept}"
+        ) from error
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+
+
+def load_latest(folder: Path, say: Any) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint whose checksums hold; `say` is told of every damaged one passed over."""
+    for path in reversed(checkpoints(folder)):
+        damage = _damage(path)
+        if damage is None:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            structure = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return manifest["step"], unflatten(structure, load_file(path / "state.safetensors"))
+        say(f"checkpoint {path} is damaged ({damage}); trying the one before")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        expected = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    except (ValueError, KeyError, OSError):
+        return "its manifest cannot be read"
+    for name, digest in expected.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _digest(path / name) != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

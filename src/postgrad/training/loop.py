@@ -1,0 +1,249 @@
+"""The one loop: it knows steps, optimisers, files and signals, and nothing of any method."""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from postgrad import timing
+from postgrad.batch import Batch
+from postgrad.config import LoopSettings
+from postgrad.errors import PostgradError
+from postgrad.methods.base import Method, Metrics
+from postgrad.timing import timed
+from postgrad.training.checkpoint import (
+    load_latest,
+    load_module_state,
+    module_state,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+from postgrad.training.console import Watcher
+from postgrad.training.optimise import NonFinite, Optimisers, autocast
+from postgrad.training.record import RunFolder
+
+
+@dataclass
+class Finished:
+    """How a run ended: after which step, with which last evaluation, and whether it was stopped."""
+
+    step: int
+    evaluation: Metrics
+    interrupted: bool
+
+
+class Loop:
+    """Trains a method: `Loop(method, settings, folder, watcher).run()`."""
+
+    def __init__(
+        self, method: Method, settings: LoopSettings, folder: RunFolder, watcher: Watcher
+    ):
+        self.method = method
+        self.settings = settings
+        self.folder = folder
+        self.watcher = watcher
+        self.step = 0
+        self.optimise = Optimisers(method.modules(), settings, method.place.device)
+        self._stop = EarlyStop(settings)
+        self._evaluation: Metrics = {}
+        self._stop_asked = False
+
+    def restore(self) -> None:
+        """Continue from the newest good checkpoint of the folder, or from the start without one."""
+        found = load_latest(self.folder.path / "checkpoints", self.watcher.say)
+        if found is None:
+            self.watcher.say(f"{self.folder.path} has no checkpoint yet: starting from step 0")
+            return
+        self.step, state = found
+        for name, module in self.method.modules().items():
+            load_module_state(module, state["modules"][name])
+        self.optimise.load_state_dict(state["optimisers"])
+        self.method.load_state_dict(state["method"])
+        self._stop.load_state_dict(state["early_stop"])
+        self._evaluation = state["evaluation"]
+        restore_random_states(state["random"])
+
+    def run(self) -> Finished:
+        with self._signals():
+            if self.step == 0:
+                self._evaluate()
+            while self.step < self.settings.steps and not self._stop_asked:
+                self._one_step()
+                if self._due(self.settings.evaluate_every) and self._stop.reached(self._evaluate()):
+                    self.watcher.say(
+                        f"stopping early after step {self.step}: {self.settings.stop_metric} has "
+                        f"not improved for {self.settings.stop_patience} evaluations"
+                    )
+                    break
+                if self._due(self.settings.save_every):
+                    self.save()
+            if not self._stop_asked and not self._due(self.settings.evaluate_every):
+                self._evaluate()
+            self.save()
+        return Finished(self.step, self._evaluation, self._stop_asked)
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        timing.take()
+        self.optimise.set_step(self.step)
+        batch = None
+        try:
+            with autocast(self.settings.precision, self.method.place.device):
+                batch = self.method.collect(self.step)
+            metrics = self.method.describe_batch(batch)
+            self._require_finite(metrics, batch)
+            metrics |= self.method.update(batch, self.optimise)
+            self._require_finite(metrics, batch)
+        except NonFinite as error:
+            where = self._save_failure(error)
+            raise PostgradError(f"step {self.step + 1}: {error}; saved to {where}") from error
+        self.step += 1
+        seconds = {**timing.take(), "step": time.perf_counter() - started}
+        rates = {f"time/{name}": value for name, value in seconds.items()}
+        if batch.tokens:
+            rates["throughput/tokens_per_second"] = batch.tokens / seconds["step"]
+        self.folder.metrics(self.step, {**metrics, **rates})
+        self.watcher.step(self.step, {**metrics, **rates}, seconds)
+        if self._due(self.settings.sample_every) or self.step == 1:
+            rows = self.method.samples(batch)
+            self.folder.samples(self.step, rows)
+            self.watcher.samples(self.step, rows)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _require_finite(self, metrics: Metrics, batch: Batch) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise NonFinite(f"{name} is {value}", batch)
+
+    def _evaluate(self) -> Metrics:
+        states = random_states()
+        with (
+            timed("evaluate"),
+            torch.no_grad(),
+            autocast(self.settings.precision, self.method.place.device),
+        ):
+            metrics = self.method.evaluate()
+        restore_random_states(states)
+        if metrics:
+            named = {f"evaluation/{name}": value for name, value in metrics.items()}
+            self.folder.metrics(self.step, named)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            self.watcher.say(f"evaluation after step {self.step}: {shown}")
+        self._evaluation = metrics
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        with timed("checkpoint"):
+            save_checkpoint(
+                self.folder.path / "checkpoints",
+                self.step,
+                {
+                    "modules": {n: module_state(m) for n, m in self.method.modules().items()},
+                    "optimisers": self.optimise.state_dict(),
+                    "method": self.method.state_dict(),
+                    "early_stop": self._stop.state_dict(),
+                    "evaluation": self._evaluation,
+                    "random": random_states(),
+                },
+                self.settings.keep_checkpoints,
+            )
+
+    def _save_failure(self, error: NonFinite) -> Path:
+        """The tensors and samples of the batch whose loss or reward was not finite."""
+        where = self.folder.path / "failure" / f"step-{self.step + 1:08d}"
+        where.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, values in error.batch.fields().items():
+            if isinstance(values, torch.Tensor):
+                tensors[name] = values.detach().cpu().contiguous().clone()
+            elif all(isinstance(value, torch.Tensor) for value in values):
+                for i, value in enumerate(values):
+                    tensors[f"{name}.{i}"] = value.detach().cpu().contiguous().clone()
+        save_file(tensors, where / "batch.safetensors")
+        rows = self.method.samples(error.batch)
+        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        (where / "samples.json").write_text(text, encoding="utf-8")
+        return where
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM finish the step and save; a second one stops at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop_asked:
+                raise KeyboardInterrupt
+            self._stop_asked = True
+            self.watcher.say(f"stopping after step {self.step + 1}; press again to stop at once")
+
+        try:
+            old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: signals are somebody else's business
+            old = {}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+class EarlyStop:
+    """Watches one evaluation metric and says when it has stopped improving."""
+
+    def __init__(self, settings: LoopSettings):
+        self._metric = settings.stop_metric
+        self._patience = settings.stop_patience
+        self._sign = 1.0 if settings.stop_higher_is_better else -1.0
+        self._best = -math.inf
+        self._waited = 0
+
+    def reached(self, metrics: Metrics) -> bool:
+        if self._metric is None:
+            return False
+        if self._metric not in metrics:
+            names = ", ".join(metrics) or "none"
+            raise PostgradError(f"stop_metric {self._metric!r} is not evaluated: there is {names}")
+        value = self._sign * metrics[self._metric]
+        self._waited = 0 if value > self._best else self._waited + 1
+        self._best = max(self._best, value)
+        return self._waited >= self._patience
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._best, self._waited = state["best"], int(state["waited"])
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first NVIDIA GPU where there is one, otherwise the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise PostgradError(f"device: expected auto, cpu or cuda[:N], got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PostgradError(f"device: {name!r} asked for, but torch sees no NVIDIA GPU")
+    return device
+
+
+def writable(path: Path) -> None:
+    """Stop before any compute if a folder could not be made at `path`."""
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise PostgradError(f"output: cannot create a folder at {path}: {nearest} is not writable")

@@ -1,0 +1,110 @@
+"""One optimiser step: micro-batches, precision, clipping, schedule, and a stop on non-finite values."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from postgrad.batch import Batch
+from postgrad.config import LoopSettings
+from postgrad.errors import PostgradError
+from postgrad.methods.base import LossFunction, Metrics
+from postgrad.timing import timed
+
+
+class NonFinite(PostgradError):
+    """A NaN or infinite loss, gradient or reward; carries the batch that produced it."""
+
+    def __init__(self, message: str, batch: Batch):
+        super().__init__(message)
+        self.batch = batch
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 autocast, or nothing in fp32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def learning_rate_factor(settings: LoopSettings, step: int) -> float:
+    """The share of the peak learning rate at collected batch `step` (from 0)."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    span = max(1, settings.steps - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / span)
+    if settings.schedule == "linear":
+        return 1.0 - progress
+    if settings.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+class Optimisers:
+    """AdamW for every trainable module; the loop's implementation of `methods.base.Optimise`."""
+
+    def __init__(self, modules: dict[str, nn.Module], settings: LoopSettings, device: torch.device):
+        self._settings = settings
+        self._device = device
+        self._parameters = {
+            name: [p for p in module.parameters() if p.requires_grad]
+            for name, module in modules.items()
+        }
+        self._optimisers = {
+            name: torch.optim.AdamW(
+                parameters,
+                lr=settings.learning_rate,
+                betas=settings.adam_betas,
+                eps=settings.adam_epsilon,
+                weight_decay=settings.weight_decay,
+            )
+            for name, parameters in self._parameters.items()
+            if parameters
+        }
+        if not self._optimisers:
+            raise PostgradError("nothing to train: no module has trainable parameters")
+        self._first = next(iter(self._optimisers))
+        self._rate = settings.learning_rate
+
+    def set_step(self, step: int) -> None:
+        """Set the learning rate of collected batch `step`."""
+        self._rate = self._settings.learning_rate * learning_rate_factor(self._settings, step)
+        for optimiser in self._optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = self._rate
+
+    def __call__(self, loss: LossFunction, batch: Batch, module: str | None = None) -> Metrics:
+        name = module or self._first
+        optimiser = self._optimisers[name]
+        optimiser.zero_grad(set_to_none=True)
+        total = 0.0
+        metrics: Metrics = {}
+        with timed("update"):
+            for part in batch.split(self._settings.token_budget):
+                with autocast(self._settings.precision, self._device):
+                    value, part_metrics = loss(part)
+                if not torch.isfinite(value):
+                    raise NonFinite(f"the loss is {value.item()}", part)
+                value.backward()
+                total += value.item()
+                share = len(part) / len(batch)
+                for key, number in part_metrics.items():
+                    metrics[key] = metrics.get(key, 0.0) + share * float(number)
+            norm = self._clip(name, batch)
+            optimiser.step()
+        return {"loss": total, **metrics, "gradient_norm": norm, "learning_rate": self._rate}
+
+    def _clip(self, name: str, batch: Batch) -> float:
+        limit = self._settings.clip_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self._parameters[name], limit))
+        if not math.isfinite(norm):
+            raise NonFinite(f"the gradient norm of {name!r} is {norm}", batch)
+        return norm
+
+    def state_dict(self) -> dict[str, dict[str, object]]:
+        return {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
+        for name, optimiser in self._optimisers.items():
+            optimiser.load_state_dict(state[name])

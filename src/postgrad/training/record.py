@@ -1,0 +1,134 @@
+"""The run folder: configuration, metrics, samples, events; append-only and cut back on resume."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from postgrad.errors import MissingExtra, PostgradError
+
+CONFIG, METRICS, SAMPLES, RUN = "config.yaml", "metrics.jsonl", "samples.jsonl", "run.json"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file that this library wrote; a last line cut by a kill is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # every complete row ends in a newline, so what follows the last one is a torn write
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / RUN).is_file()
+
+
+class RunFolder:
+    """What a run leaves behind. Opened with `start_step` > 0 it drops rows of later steps first."""
+
+    def __init__(self, path: Path, *, trackers: Iterable[str] = (), name: str = "postgrad"):
+        self.path = path
+        self._tracker_names = list(trackers)
+        self._name = name
+        self._trackers: list[Any] = []
+
+    def create(self, config: dict[str, Any], run: dict[str, Any]) -> None:
+        """Make the folder with its configuration; it must not hold another run."""
+        if is_run(self.path):
+            raise PostgradError(
+                f"{self.path} already holds a run: continue it with --resume {self.path}, "
+                "or choose another output"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            (self.path / CONFIG).write_text(text, encoding="utf-8")
+            (self.path / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PostgradError(
+                f"cannot write the run folder {self.path}: {error.strerror}"
+            ) from error
+
+    def open(self, config: dict[str, Any], start_step: int) -> None:
+        """Be ready to append after `start_step`; rows of later steps are dropped."""
+        for name in (METRICS, SAMPLES):
+            path = self.path / name
+            rows = [row for row in read_rows(path) if row["step"] <= start_step]
+            temporary = path.with_suffix(".rewriting")
+            temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+            temporary.replace(path)
+        make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+        self._trackers = [
+            make[tracker](self.path, self._name, config, start_step)
+            for tracker in self._tracker_names
+        ]
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._append(METRICS, [{"step": step, **values}])
+        for track in self._trackers:
+            track(step, values)
+
+    def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        self._append(SAMPLES, [{"step": step, **row} for row in rows])
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write("".join(map(_line, rows)))
+        except OSError as error:
+            raise PostgradError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for track in self._trackers:
+            track(None, {})
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _tensorboard(path: Path, name: str, config: dict[str, Any], start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtra("tensorboard", "tensorboard") from error
+    writer = SummaryWriter(str(path / "events"), purge_step=start_step + 1)
+
+    def track(step: int | None, values: dict[str, float]) -> None:
+        if step is None:
+            writer.close()
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return track
+
+
+def _wandb(path: Path, name: str, config: dict[str, Any], start_step: int) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingExtra("wandb", "wandb") from error
+    run = wandb.init(
+        project="postgrad", name=name, dir=str(path), config=config, id=path.name, resume="allow"
+    )
+    return lambda step, values: run.finish() if step is None else run.log(values, step=step)
+
+
+def _trackio(path: Path, name: str, config: dict[str, Any], start_step: int) -> Any:
+    try:
+        import trackio
+    except ImportError as error:
+        raise MissingExtra("trackio", "trackio") from error
+    trackio.init(project="postgrad", name=path.name, config=config, resume="allow")
+    return lambda step, values: trackio.finish() if step is None else trackio.log(values, step=step)
