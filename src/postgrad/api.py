@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from postgrad.catalogue import method_class
-from postgrad.config import LoopSettings, Settings, flat, nest, read_yaml, resolve
+from postgrad.config import LoopSettings, Settings, flat, read_yaml, resolve
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Place
 from postgrad.seeding import seed_everything
@@ -25,7 +25,7 @@ from postgrad.training.record import CONFIG, RUN, RunFolder, is_run
 
 @dataclass
 class Run:
-    """A finished (or interrupted) training run: where it is, the method as trained, its last words."""
+    """A finished (or interrupted) run: its folder, the method as trained, how it ended."""
 
     folder: Path
     method: Method
@@ -45,8 +45,8 @@ def train(
 ) -> Run:
     """Train `method` and return the run: `train("dpo", model="smollm2", data="pairs.jsonl")`.
 
-    `settings` are the keys that `postgrad show METHOD` lists; nested ones as dictionaries. `model`,
-    `data` and `reward` also take objects: a policy of `postgrad.models`, a list of rows, a function.
+    `settings` are the keys that `postgrad show METHOD` lists, nested ones as dictionaries.
+    `model`, `data` and `reward` also take objects: a policy, a list of rows, a function.
     Raises `PostgradError` for anything the caller can mend.
     """
     kind = method_class(method)
@@ -110,7 +110,7 @@ def _start(
     if loop.threads is not None:
         torch.set_num_threads(loop.threads)
     seed_everything(loop.seed)
-    method = build(slug, own, Place(loop.seed, pick_device(loop.device)), objects)
+    method = build(slug, own, Place(loop.seed, pick_device(loop.device), loop.steps), objects)
     method.check()
     seed_everything(loop.seed)
     folder = RunFolder(path, trackers=loop.log, name=slug)
@@ -192,6 +192,3 @@ def _plain(value: Any) -> bool:
             isinstance(item, Mapping) and "name" in item for item in value
         )
     return value is None or isinstance(value, (bool, int, float, str, Path))
-
-
-__all__ = ["Run", "build", "nest", "resume", "train"]

@@ -1,4 +1,4 @@
-"""What exists: every method's slug, title, paper, family and status, known without importing torch."""
+"""What exists: every method's slug, title, paper, family and status, without importing torch."""
 
 import importlib
 import json

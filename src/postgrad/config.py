@@ -1,4 +1,4 @@
-"""Typed settings: one source for defaults, YAML files, dotted overrides, errors that name the key."""
+"""Typed settings: one source for defaults, YAML, dotted overrides, errors that name the key."""
 
 import difflib
 import math
@@ -35,7 +35,7 @@ def _copy(value: Any) -> Any:
 
 
 class Settings(BaseModel):
-    """Base of every settings class: unknown keys, wrong types and values out of range are errors."""
+    """Base of all settings classes: unknown keys, wrong types and bad values are errors."""
 
     model_config = ConfigDict(
         extra="forbid", validate_default=True, coerce_numbers_to_str=True, protected_namespaces=()

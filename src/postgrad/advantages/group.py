@@ -78,7 +78,7 @@ def spread_to_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def _groups(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The position `[N]` of each item's group and the sizes `[G]` of the groups, as rewards' dtype."""
+    """The position `[N]` of each item's group and the sizes `[G]`, in the dtype of the rewards."""
     if rewards.ndim != 1 or rewards.shape != groups.shape:
         raise ValueError(
             f"rewards and groups must both be [N], got {list(rewards.shape)} and "

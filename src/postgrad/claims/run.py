@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -82,18 +83,36 @@ def summarise(
         "seconds": round(sum(outcome["seconds"] for outcome in found.values()), 1),
         "notes": claim.notes,
         "arms": {
-            arm: {name: values(arm, name) for name in found[arm, 0]["values"]}
-            for arm in claim.arms
+            arm: {name: values(arm, name) for name in found[arm, 0]["values"]} for arm in claim.arms
         },
         "curves": {
-            arm: [found[arm, seed].get("curves", {}) for seed in range(seeds)]
-            for arm in claim.arms
+            arm: [found[arm, seed].get("curves", {}) for seed in range(seeds)] for arm in claim.arms
         },
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("postgrad", "torch", "transformers", "numpy")},
         },
     }
+
+
+def save_result(result: dict[str, Any], path: Path) -> None:
+    """Record a result, its curves thinned to at most 60 points, as the documentation shows it."""
+    curves = {
+        arm: [
+            {name: points[:: max(1, -(-len(points) // 60))] for name, points in seed.items()}
+            for seed in seeds
+        ]
+        for arm, seeds in result["curves"].items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_compact({**result, "curves": curves}) + "\n", encoding="utf-8")
+
+
+def _compact(result: dict[str, Any]) -> str:
+    """Indented JSON with lists of numbers on one line and five significant digits."""
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
+    text = json.dumps(rounded, indent=1, ensure_ascii=False)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda match: " ".join(match.group().split()), text)
 
 
 def _kept(output: Path, arm: str, seed: int) -> Path:

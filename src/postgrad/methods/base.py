@@ -18,7 +18,7 @@ LossFunction = Callable[[Batch], tuple[Tensor, Metrics]]
 
 @dataclass(frozen=True)
 class FourParts:
-    """A policy-gradient method as the product of four parts (unified policy gradient estimator)."""
+    """A policy-gradient method as four parts (unified policy gradient estimator)."""
 
     mask: str
     denominator: str
@@ -28,10 +28,11 @@ class FourParts:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a method lives: the run's seed and device."""
+    """Where a method lives: the run's seed, device and number of steps (for its own schedules)."""
 
     seed: int = 0
     device: torch.device = torch.device("cpu")
+    steps: int = 1
 
 
 class Optimise(Protocol):
@@ -93,6 +94,10 @@ class Method(ABC):
         """A few rows for people to read: prompt, response, reward terms, advantage per token …"""
         return []
 
+    def evaluation_samples(self) -> list[dict[str, Any]]:
+        """Rows for people to read, of the evaluation just made."""
+        return []
+
     def describe_batch(self, batch: Batch) -> Metrics:
         """Metrics of the collected batch as a whole: reward, length, degenerate groups …"""
         return {}
@@ -102,7 +107,7 @@ class Method(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever the method remembers between steps besides its modules: tensors and plain data."""
+        """What the method remembers between steps besides its modules: tensors, plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

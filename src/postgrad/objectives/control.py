@@ -1,7 +1,7 @@
 """Losses for control: mirror descent policy optimisation (MDPO, arXiv 2005.09814) and critics.
 
-All losses are per sample `[B]`; a method takes their mean. PPO for control is `clipped_surrogate` of
-`policy_gradient` on `[B]`, with `clipped_value_loss`.
+All losses are per sample `[B]`; a method takes their mean. PPO for control is `clipped_surrogate`
+of `policy_gradient` on `[B]`, with `clipped_value_loss`.
 """
 
 import math
@@ -62,9 +62,9 @@ def off_policy_mdpo_loss(
     With c = 1/t, lambda the entropy coefficient and L = log_{2-q} summed over the action's
     dimensions: c L(pi) + q (lambda - c) L(pi_k) - Q. For c = lambda and q = 1 it is SAC's loss.
 
-    `logprobs`, `old_logprobs` `[B, A]`: log-densities of each dimension of an action sampled from pi
-    with reparameterisation, under pi and the frozen pi_k; `q_values` `[B]`. Gradients flow through
-    all three into the action: freeze the parameters of pi_k and Q. The authors' code floors
+    `logprobs`, `old_logprobs` `[B, A]`: log-densities of each dimension of an action sampled from
+    pi with reparameterisation, under pi and the frozen pi_k; `q_values` `[B]`. Gradients flow
+    through all three into the action: freeze the parameters of pi_k and Q. The authors' code floors
     densities at 1e-6; here they enter as logarithms, which need no floor.
     """
     expect_dimensions(2, logprobs=logprobs)
@@ -103,9 +103,7 @@ def one_step_target(
     return rewards + discount * torch.where(terminations, 0.0, next_values)
 
 
-def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, clip: float
-) -> Tensor:
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """max((V - R)^2, (V_old + clip(V - V_old, +-clip) - R)^2), `[B]` (PPO's and MDPO's code)."""
     expect_dimensions(1, values=values)
     expect_same_shape(values=values, old_values=old_values, returns=returns)

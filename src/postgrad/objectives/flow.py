@@ -1,9 +1,9 @@
 """Policy gradients for flow-matching generators: stochastic steps, their ratios and losses.
 
-A rectified flow goes from noise at time 1 to data at time 0. Flow-GRPO (arXiv 2505.05470) makes each
-step a Gaussian, x' = mu + s eps, whose log-probability can be differentiated. GRPO-Guard
-(arXiv 2510.22319) normalises the log-ratio of such a step and weights the step by 1/D_j, where D_j is
-its length in time. A latent is `[B, ...]`, a time, step length or standard deviation `[B]`.
+A rectified flow goes from noise at time 1 to data at time 0. Flow-GRPO (arXiv 2505.05470) makes
+each step a Gaussian, x' = mu + s eps, whose log-probability can be differentiated. GRPO-Guard
+(arXiv 2510.22319) normalises the log-ratio of such a step and weights the step by 1/D_j, where D_j
+is its length in time. A latent is `[B, ...]`, a time, step length or standard deviation `[B]`.
 Log-probabilities are MEANS over a latent's dimensions, computed in float32 or better.
 """
 
@@ -30,8 +30,8 @@ def flow_sde_step(
     """Mean `[B, ...]` and standard deviation `[B]` of the step from `time` to `next_time` `[B]`.
 
     Flow-GRPO, arXiv 2505.05470, eq. 9: sigma = a sqrt(t / (1 - t)), dt = next_time - time < 0,
-    mu = x (1 + sigma^2/(2t) dt) + v (1 + sigma^2 (1 - t)/(2t)) dt and s = sigma sqrt(-dt). At t = 1,
-    where sigma is infinite, it takes 1 - t of the next time, as the authors' code does.
+    mu = x (1 + sigma^2/(2t) dt) + v (1 + sigma^2 (1 - t)/(2t)) dt and s = sigma sqrt(-dt). At
+    t = 1, where sigma would be infinite, its 1 - t is that of the next time (authors' code).
     """
     expect_same_shape(x=x, velocity=velocity)
     expect_same_shape(time=time, next_time=next_time)
@@ -82,9 +82,9 @@ def ratio_norm(
 ) -> Tensor:
     """GRPO-Guard's normalised log-ratio of a step, `[B]` (arXiv 2510.22319, RatioNorm).
 
-    s (lp - lp_old + mean_d[(mu - mu_old)^2] / (2 s^2)) = mean_d[(mu - mu_old) eps], of mean 0 and the
-    same spread at every noise level. `old_mean` is the mean at rollout. The gradient flows through
-    `logprobs` and through the bias term: both contain `mean`.
+    s (lp - lp_old + mean_d[(mu - mu_old)^2] / (2 s^2)) = mean_d[(mu - mu_old) eps], of mean 0 and
+    the same spread at every noise level. `old_mean` is the mean at rollout. The gradient flows
+    through `logprobs` and through the bias term: both contain `mean`.
 
     `bias_reduce` "sample" averages the squared difference over a sample's own dimensions, as in the
     paper; "batch" over the whole batch too, as the authors' code does.

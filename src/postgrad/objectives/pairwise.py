@@ -16,13 +16,13 @@ PairLoss = Callable[[Tensor], Tensor]
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi(y|x) `[N]`: the SUM over a response's tokens `[N, T]`, never the mean (DPO, sec. 4)."""
+    """log pi(y|x) `[N]`: the SUM over a response's tokens `[N, T]`, never their mean."""
     expect_tokens(mask, logprobs=logprobs)
     return torch.where(mask, logprobs, 0.0).sum(1)
 
 
 def margin(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor) -> Tensor:
-    """Delta `[B]`: by how much more than the reference the policy prefers chosen (w) to rejected (l).
+    """Delta `[B]`: how much more than the reference the policy prefers chosen (w) to rejected (l).
 
     Delta = [log pi(y_w) - log pi_ref(y_w)] - [log pi(y_l) - log pi_ref(y_l)], all of shape `[B]`.
     """
@@ -52,9 +52,9 @@ def smoothed(h: Tensor, eps: float | Tensor) -> Tensor:
 def debias(loss: PairLoss, eps: float | Tensor) -> PairLoss:
     """The loss whose mean over label flips of rate `eps` is `loss` on clean labels.
 
-    [(1 - eps) loss(h) - eps loss(-h)] / (1 - 2 eps) (rDPO, arXiv 2403.00409; Natarajan et al. 2013).
-    It may be negative and, for the logistic and hinge losses, is unbounded below; clamping it would
-    bias it. `eps` in [0, 0.5) is a number or one value per pair.
+    [(1 - eps) loss(h) - eps loss(-h)] / (1 - 2 eps) (rDPO, arXiv 2403.00409). It may be negative
+    and, for the logistic and hinge losses, is unbounded below; clamping it would bias it. `eps` in
+    [0, 0.5) is a number or one value per pair.
     """
 
     def corrected(h: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def debias(loss: PairLoss, eps: float | Tensor) -> PairLoss:
 
 
 def robust(h: Tensor, eps: float | Tensor) -> Tensor:
-    """rDPO's loss (arXiv 2403.00409): the logistic loss, debiased; equals l(h) - h eps/(1 - 2 eps)."""
+    """rDPO's loss (arXiv 2403.00409): the debiased logistic, l(h) - h eps/(1 - 2 eps)."""
     return debias(logistic, eps)(h)
 
 

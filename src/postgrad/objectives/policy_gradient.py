@@ -2,7 +2,7 @@
 
 Language tensors are `[N, T]`: N responses of at most T tokens, with a boolean `mask` of the tokens
 that count. Padding may hold anything, even NaN: it reaches neither values nor gradients. The loss
-of a method is a loss per token, then `aggregate`. GRPO as in DeepSeekMath (arXiv 2402.03300, eq. 3):
+of a method is a loss per token, then `aggregate`. GRPO as in DeepSeekMath (2402.03300, eq. 3):
 
     ratio = importance_ratio(logprobs, old_logprobs, mask)
     loss = clipped_surrogate(ratio, advantages, 0.2, 0.2)
@@ -90,7 +90,7 @@ def clip_fractions(
     clip_low: float,
     clip_high: float,
     mask: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, float]:
     """How often the clip takes the gradient away: metrics for `clipped_surrogate`.
 
     `clipped` is the fraction of all entries, `clipped_positive` that of the entries with a positive
@@ -103,10 +103,14 @@ def clip_fractions(
     positive, negative = counted & (advantages > 0), counted & (advantages < 0)
     high, low = positive & (ratio > 1 + clip_high), negative & (ratio < 1 - clip_low)
     return {
-        "clipped": (high | low).sum() / counted.sum().clamp(min=1),
-        "clipped_positive": high.sum() / positive.sum().clamp(min=1),
-        "clipped_negative": low.sum() / negative.sum().clamp(min=1),
+        "clipped": _fraction(high | low, counted),
+        "clipped_positive": _fraction(high, positive),
+        "clipped_negative": _fraction(low, negative),
     }
+
+
+def _fraction(part: Tensor, whole: Tensor) -> float:
+    return int(part.sum()) / max(int(whole.sum()), 1)
 
 
 def _expect_clip_range(clip_low: float, clip_high: float) -> None:
@@ -123,7 +127,8 @@ def kl_estimate(
 
     With d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020):
     "k1" d, unbiased, may be negative; "k2" d^2/2, biased, its gradient is that of the KL in
-    expectation; "k3" exp(-d) - 1 + d, unbiased and never negative. Gradient through `logprobs` only.
+    expectation; "k3" exp(-d) - 1 + d, unbiased and never negative. The gradient flows through
+    `logprobs` only.
     """
     expect_tokens(mask, logprobs=logprobs, reference_logprobs=reference_logprobs)
     difference = _log_ratio(logprobs, reference_logprobs.detach(), mask)

@@ -20,8 +20,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from postgrad.objectives.contrastive import cosine_similarities
 from postgrad.objectives.shapes import expect_dimensions, expect_same_shape
 
 
@@ -32,15 +32,15 @@ def robust_global_objective(h: Tensor, tau: Tensor | float, rho: float) -> Tenso
 
 
 def log_normaliser(h: Tensor, tau: Tensor) -> Tensor:
-    """log g = log( (1/m) sum_j exp(h_j / tau) ), `[...]`, safe at any temperature tau > 0 `[...]`."""
+    """log g = log( (1/m) sum_j exp(h_j / tau) ) `[...]`, which overflows at no tau > 0 `[...]`."""
     return torch.logsumexp(h / tau.unsqueeze(-1), dim=-1) - math.log(h.shape[-1])
 
 
 def temperature_gradient(h: Tensor, tau: Tensor, rho: float, log_s: Tensor) -> Tensor:
     """The estimate of dF/dtau `[...]` from h `[..., m]`, tau `[...]` and log s `[...]`.
 
-    log s + rho - (1/m) sum_j W_j h_j / tau with W_j = exp(h_j / tau) / s. With s = g it is the exact
-    derivative, rho - KL(p || uniform), where p_j = W_j / m.
+    log s + rho - (1/m) sum_j W_j h_j / tau with W_j = exp(h_j / tau) / s. With s = g it is the
+    exact derivative, rho - KL(p || uniform), where p_j = W_j / m.
     """
     scaled = h / tau.unsqueeze(-1)
     weights = torch.exp(scaled - log_s.unsqueeze(-1))
@@ -76,8 +76,8 @@ class RobustSettings:
     - `eta`: step size of tau; 0 gives SogCLR.
     - `tau_min`, `tau_max`: range of tau.
     - `gradient_limit`: tau's gradient is clipped to +- this.
-    - `form`: "h" averages exp(h / tau), as in the paper. "sim" averages exp(sim / tau) instead, as the
-      authors' unimodal code does; the two agree only for gamma = 1.
+    - `form`: "h" averages exp(h / tau), as in the paper. "sim" averages exp(sim / tau) instead, as
+      the authors' unimodal code does; the encoder's gradients agree only for gamma = 1.
     """
 
     rho: float
@@ -119,7 +119,7 @@ class PerSampleState:
         return len(self.tau)
 
     def check(self, index: Tensor) -> Tensor:
-        """`index` on this state's device; ValueError unless `[B]`, integer, in range and distinct."""
+        """`index` on this state's device; ValueError unless `[B]` distinct integers in range."""
         if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"index must be integers [B], got {index.dtype} {list(index.shape)}")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
@@ -127,7 +127,7 @@ class PerSampleState:
                 f"sample indices must lie in [0, {len(self)}), got {int(index.min())} to "
                 f"{int(index.max())}"
             )
-        if len(index.unique()) < len(index):
+        if len(torch.unique(index)) < len(index):
             raise ValueError("a sample occurs twice in one batch: its last update would win")
         return index.to(self.tau.device)
 
@@ -161,20 +161,21 @@ class PerSampleState:
 
 def robust_two_view_step(
     view_a: Tensor, view_b: Tensor, index: Tensor, state: PerSampleState, settings: RobustSettings
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, float]]:
     """One modality: the encoder's loss `[B]` for two views `[B, d]`, summed over the two views.
 
     A view's negatives are the 2B - 2 views of the other items. The two views of an item share its
-    tau and s: `state` (indexed by `index` `[B]`) is updated once, with their averages. The loss is a
-    surrogate: its gradient is that of F, its value is not; F is the metric `objective`.
+    tau and s: `state` (indexed by `index` `[B]`) is updated once, with their averages. The loss is
+    a surrogate: its gradient estimates that of F, its value does not; F of the batch is the metric
+    `objective`.
     """
-    index = _checked(state, index, settings, negatives=2 * len(state) - 2, view_a=view_a, b=view_b)
+    index = _checked(state, index, settings, per_item=2, view_a=view_a, view_b=view_b)
     count = len(view_a)
-    views = normalize(torch.cat([view_a, view_b]), dim=-1)
+    views = torch.cat([view_a, view_b])
+    similarities = cosine_similarities(views, views)
     same_item = torch.eye(count, dtype=torch.bool, device=views.device).repeat(2, 2)
-    similarities = views @ views.T
     negatives = similarities[~same_item].view(2, count, 2 * count - 2)
-    positives = (views[:count] * views[count:]).sum(-1).expand(2, count)
+    positives = similarities[:count, count:].diagonal().expand(2, count)
     return _encoder_loss(negatives, positives, index, state, settings)
 
 
@@ -185,18 +186,18 @@ def robust_bimodal_step(
     left_state: PerSampleState,
     right_state: PerSampleState,
     settings: RobustSettings,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, float]]:
     """Two modalities: the encoders' loss `[B]` for pairs `[B, d]`, left and right anchors summed.
 
     An anchor's negatives are the other items' embeddings of the other modality. Each modality has
     temperatures and averages of its own. Loss and metrics as in `robust_two_view_step`, the metrics
     averaged over the two modalities.
     """
-    index = _checked(left_state, index, settings, len(left_state) - 1, left=left, right=right)
+    index = _checked(left_state, index, settings, per_item=1, left=left, right=right)
     if len(right_state) != len(left_state):
         raise ValueError(f"states of {len(left_state)} and {len(right_state)} samples do not pair")
     count = len(left)
-    similarities = normalize(left, dim=-1) @ normalize(right, dim=-1).T
+    similarities = cosine_similarities(left, right)
     others = ~torch.eye(count, dtype=torch.bool, device=left.device)
     positives = similarities.diagonal().unsqueeze(0)
     from_left = similarities[others].view(1, count, count - 1)
@@ -212,8 +213,8 @@ def _encoder_loss(
     index: Tensor,
     state: PerSampleState,
     settings: RobustSettings,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Steps 2-5 of the algorithm for V views of B anchors: negatives `[V, B, m]`, positives `[V, B]`."""
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss and update for V views of B anchors: negatives `[V, B, m]`, positives `[V, B]`."""
     h = negatives - positives.unsqueeze(-1)
     contrast = h if settings.form == "h" else negatives
     with torch.no_grad():
@@ -225,9 +226,9 @@ def _encoder_loss(
         mean_log_s = torch.logsumexp(log_s, dim=0) - math.log(len(log_s))
         state.update(index, mean_log_s, gradient, settings)
         metrics = {
-            "objective": robust_global_objective(h, tau, settings.rho).mean(),
-            "tau": tau.mean(),
-            "tau_gradient": gradient.mean(),
+            "objective": float(robust_global_objective(h, tau, settings.rho).mean()),
+            "tau": float(tau.mean()),
+            "tau_gradient": float(gradient.mean()),
         }
     surrogate = (weights * contrast).mean(-1)
     if settings.form == "sim":
@@ -239,10 +240,10 @@ def _checked(
     state: PerSampleState,
     index: Tensor,
     settings: RobustSettings,
-    negatives: int,
+    per_item: int,
     **embeddings: Tensor,
 ) -> Tensor:
-    """The checks that both steps share; `negatives` is the number an anchor has in the data set."""
+    """The checks that both steps share; another item gives an anchor `per_item` negatives."""
     expect_dimensions(2, **embeddings)
     expect_same_shape(**embeddings)
     count = len(next(iter(embeddings.values())))
@@ -250,19 +251,21 @@ def _checked(
         raise ValueError("a batch of one item has no negatives: at least 2 are needed")
     if len(index) != count:
         raise ValueError(f"{count} items but {len(index)} indices")
+    index = state.check(index)
+    negatives = per_item * (len(state) - 1)
     if settings.rho >= math.log(negatives):
         raise ValueError(
             f"rho {settings.rho} can never be reached: the KL of {negatives} negatives is at most "
             f"{math.log(negatives):.3f} (every temperature would fall to tau_min)"
         )
-    in_batch = round(negatives / len(state)) * (count - 1)
+    in_batch = per_item * (count - 1)
     if settings.gamma == 1 and settings.rho >= math.log(in_batch):
         warnings.warn(
             f"with gamma = 1 the KL is at most log {in_batch}, below rho {settings.rho}: every "
             "temperature will fall to tau_min",
             stacklevel=3,
         )
-    return state.check(index)
+    return index
 
 
 def _expect_positive(**values: float) -> None:

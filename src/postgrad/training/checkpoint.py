@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -91,12 +92,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         _flush(folder)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = checkpoints(folder)
         kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
         raise PostgradError(
-            f"cannot write checkpoint {target}: {error.strerror or error}; {kept}"
+            f"cannot write checkpoint {target}: {getattr(error, 'strerror', error)}; {kept}"
         ) from error
     return target
 
@@ -107,7 +108,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_latest(folder: Path, say: Any) -> tuple[int, dict[str, Any]] | None:
-    """The newest checkpoint whose checksums hold; `say` is told of every damaged one passed over."""
+    """The newest checkpoint whose checksums hold; `say` hears of damaged ones passed over."""
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if damage is None:

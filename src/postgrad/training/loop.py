@@ -45,9 +45,7 @@ class Finished:
 class Loop:
     """Trains a method: `Loop(method, settings, folder, watcher).run()`."""
 
-    def __init__(
-        self, method: Method, settings: LoopSettings, folder: RunFolder, watcher: Watcher
-    ):
+    def __init__(self, method: Method, settings: LoopSettings, folder: RunFolder, watcher: Watcher):
         self.method = method
         self.settings = settings
         self.folder = folder
@@ -139,6 +137,7 @@ class Loop:
         if metrics:
             named = {f"evaluation/{name}": value for name, value in metrics.items()}
             self.folder.metrics(self.step, named)
+            self.folder.samples(self.step, self.method.evaluation_samples())
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.watcher.say(f"evaluation after step {self.step}: {shown}")
         self._evaluation = metrics

@@ -1,4 +1,4 @@
-"""One optimiser step: micro-batches, precision, clipping, schedule, and a stop on non-finite values."""
+"""One optimiser step: micro-batches, precision, clipping, schedule; stops on non-finite values."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext

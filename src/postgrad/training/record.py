@@ -14,7 +14,7 @@ CONFIG, METRICS, SAMPLES, RUN = "config.yaml", "metrics.jsonl", "samples.jsonl",
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file that this library wrote; a last line cut by a kill is dropped."""
+    """The rows of a JSON Lines file of this library; a last line cut by a kill is dropped."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

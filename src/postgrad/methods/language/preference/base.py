@@ -1,0 +1,191 @@
+"""Pairwise preference methods: one blank, the loss of a margin of log-ratios."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.batch import Batch
+from postgrad.config import setting
+from postgrad.errors import PostgradError
+from postgrad.methods.base import Method, Metrics, Place
+from postgrad.methods.language.base import (
+    DataSettings,
+    LanguageSettings,
+    find_data,
+    find_held_out,
+    find_policy,
+    render_prompts,
+)
+from postgrad.models.language import LanguagePolicy
+from postgrad.objectives.pairwise import margin, sequence_logprobs
+from postgrad.sampling.epochs import Epochs
+from postgrad.tasks import Examples
+from postgrad.timing import timed
+
+
+class PairwiseSettings(LanguageSettings):
+    """Settings of the pairwise preference methods."""
+
+    data: DataSettings = setting(DataSettings(name="docstrings"), "preference pairs")
+    batch_size: int = setting(16, "pairs a step", gt=0)
+    beta: float = setting(0.1, "strength of the KL to the reference", gt=0, source="DPO paper")
+    max_response_tokens: int = setting(256, "longer responses are cut", gt=0)
+
+
+class Pairs:
+    """Tokenised preference pairs, with the reference's log-probabilities once they are known."""
+
+    def __init__(self, policy: LanguagePolicy, examples: Examples, config: PairwiseSettings):
+        limit = config.max_response_tokens
+        self.examples = examples
+        self.prompts = render_prompts(policy, examples, config, reserve=limit)
+        self.chosen = [policy.encode_response(row["chosen"])[:limit] for row in examples.rows]
+        self.rejected = [policy.encode_response(row["rejected"])[:limit] for row in examples.rows]
+        for number, (won, lost) in enumerate(zip(self.chosen, self.rejected, strict=True)):
+            if won.equal(lost):
+                raise PostgradError(
+                    f"{examples.where(number)}: chosen and rejected are the same after "
+                    f"tokenisation (max_response_tokens={limit})"
+                )
+        self.reference = torch.full((len(examples), 2), torch.nan)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, index: Tensor) -> Batch:
+        rows = index.tolist()
+        prompts = [self.prompts[i] for i in rows]
+        chosen, rejected = [self.chosen[i] for i in rows], [self.rejected[i] for i in rows]
+        lengths = [
+            len(p) + len(w) + len(l) for p, w, l in zip(prompts, chosen, rejected, strict=True)
+        ]
+        return Batch(
+            index=index,
+            prompts=prompts,
+            chosen=chosen,
+            rejected=rejected,
+            reference=self.reference[index],
+            cost=torch.tensor(lengths),
+        )
+
+
+class PairwisePreference(Method):
+    """Learns from pairs; a subclass fills `pair_loss`, a function of the margin.
+
+    The reference is the frozen initial policy (with LoRA: the adapter switched off). Its
+    log-probabilities are computed when a pair is first seen and kept, also in checkpoints.
+    """
+
+    config: PairwiseSettings
+
+    def __init__(
+        self,
+        config: PairwiseSettings,
+        place: Place,
+        *,
+        model: LanguagePolicy | None = None,
+        data: Examples | list[dict[str, Any]] | None = None,
+        eval_data: Examples | list[dict[str, Any]] | None = None,
+    ):
+        super().__init__(config, place)
+        self.policy = find_policy(config, place, model)
+        self.policy.freeze_reference()
+        self.pairs = Pairs(self.policy, find_data(config.data, place, "preferences", data), config)
+        if eval_data is not None:
+            held_out: Examples | None = find_data(config.data, place, "preferences", eval_data)
+        else:
+            held_out = find_held_out(config, place, "preferences")
+        self.held_out = (
+            Pairs(self.policy, held_out.first(config.eval_size), config) if held_out else None
+        )
+        self.order = Epochs(len(self.pairs), config.batch_size, place.seed)
+
+    @abstractmethod
+    def pair_loss(self, delta: Tensor) -> Tensor:
+        """The loss `[B]` of the margins Delta `[B]` (see `objectives.pairwise.margin`)."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy}
+
+    def collect(self, step: int) -> Batch:
+        index = self.order.indices(step)
+        self._know_reference(self.pairs, index)
+        return self.pairs.batch(index)
+
+    def _know_reference(self, pairs: Pairs, index: Tensor) -> None:
+        unknown = index[pairs.reference[index].isnan().any(1)]
+        if len(unknown):
+            with timed("scoring"), torch.no_grad(), self.policy.reference():
+                known = torch.stack(self._logprobs(pairs.batch(unknown)), dim=1)
+            pairs.reference[unknown] = known.float().cpu()
+
+    def _logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sequence log-probabilities `[B]` of the chosen and of the rejected responses."""
+        scores = self.policy.score(batch.prompts * 2, batch.chosen + batch.rejected)
+        won, lost = sequence_logprobs(scores.logprobs, scores.mask).chunk(2)
+        return won, lost
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        won, lost = self._logprobs(batch)
+        reference_won, reference_lost = batch.reference.to(won.device).unbind(1)
+        delta = margin(won, lost, reference_won, reference_lost)
+        value = self.pair_loss(delta).sum() / batch.items
+        likely = torch.stack([won, lost]).detach()
+        rewards = self.config.beta * (likely - torch.stack([reference_won, reference_lost]))
+        return value, {
+            "rewards/chosen": float(rewards[0].mean()),
+            "rewards/rejected": float(rewards[1].mean()),
+            "rewards/margin": float((rewards[0] - rewards[1]).mean()),
+            "rewards/accuracy": float((rewards[0] > rewards[1]).float().mean()),
+            "logprobs/chosen": float(likely[0].mean()),
+            "logprobs/rejected": float(likely[1].mean()),
+        }
+
+    def evaluate(self) -> Metrics:
+        """Accuracy, margin and loss of the implicit reward on held-out pairs."""
+        if self.held_out is None:
+            return {}
+        pairs = self.held_out
+        self._know_reference(pairs, torch.arange(len(pairs)))
+        deltas = []
+        for part in pairs.batch(torch.arange(len(pairs))).split(16384):
+            won, lost = self._logprobs(part)
+            deltas.append(margin(won.cpu(), lost.cpu(), *part.reference.unbind(1)))
+        delta = torch.cat(deltas).float()
+        # at the reference every margin is exactly 0: a tie, neither right nor wrong
+        accuracy = (delta > 0).float() + 0.5 * (delta == 0).float()
+        return {
+            "accuracy": float(accuracy.mean()),
+            "margin": float(self.config.beta * delta.mean()),
+            "loss": float(self.pair_loss(delta).mean()),
+        }
+
+    def samples(self, batch: Batch) -> list[dict[str, Any]]:
+        part = batch.select(torch.arange(min(len(batch), 4)))
+        with torch.no_grad():
+            won, lost = self._logprobs(part)
+        deltas = margin(won.cpu(), lost.cpu(), *part.reference.unbind(1))
+        return [
+            {
+                "prompt": self.policy.decode(part.prompts[i]),
+                "chosen": self.policy.decode(part.chosen[i]),
+                "rejected": self.policy.decode(part.rejected[i]),
+                "margin": float(self.config.beta * deltas[i]),
+            }
+            for i in range(len(part))
+        ]
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.pairs.examples.fingerprint}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self.pairs.reference}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pairs.reference.copy_(state["reference"])
+
+    def save(self, folder: Path) -> None:
+        self.policy.save(folder)

@@ -1,0 +1,109 @@
+"""Supervised fine-tuning."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.batch import Batch
+from postgrad.config import setting
+from postgrad.methods.base import Method, Metrics, Place
+from postgrad.methods.language.base import (
+    DataSettings,
+    LanguageSettings,
+    find_data,
+    find_held_out,
+    find_policy,
+    render_prompts,
+)
+from postgrad.models.language import LanguagePolicy
+from postgrad.sampling.epochs import Epochs
+from postgrad.tasks import Examples
+
+
+class SFTSettings(LanguageSettings):
+    """SFT's settings."""
+
+    data: DataSettings = setting(DataSettings(name="docstrings"), "demonstrations")
+    batch_size: int = setting(16, "demonstrations a step", gt=0)
+    max_response_tokens: int = setting(512, "longer responses are cut", gt=0)
+
+
+class SFT(Method):
+    """Supervised fine-tuning: maximise the likelihood of demonstrated responses.
+
+        L = - sum_{i,t} log pi(y_it | x_i, y_i<t) / number of response tokens in the batch
+
+    Prompt tokens carry no loss. The baseline of every method that learns from demonstrations, and
+    the warm-up of those that learn from rewards.
+    """
+
+    Config = SFTSettings
+    recipe = {"learning_rate": 2e-5, "steps": 100, "schedule": "cosine", "warmup_steps": 5}
+    config: SFTSettings
+
+    def __init__(
+        self,
+        config: SFTSettings,
+        place: Place,
+        *,
+        model: LanguagePolicy | None = None,
+        data: Examples | list[dict[str, Any]] | None = None,
+    ):
+        super().__init__(config, place)
+        self.policy = find_policy(config, place, model)
+        self.data = find_data(config.data, place, "demonstrations", data)
+        self.items = self._tokenise(self.data)
+        held_out = find_held_out(config, place, "demonstrations")
+        self.held_out = self._tokenise(held_out.first(config.eval_size)) if held_out else None
+        self.order = Epochs(len(self.data), config.batch_size, place.seed)
+
+    def _tokenise(self, examples: Examples) -> Batch:
+        limit = self.config.max_response_tokens
+        prompts = render_prompts(self.policy, examples, self.config, reserve=limit)
+        responses = [
+            self.policy.encode_response(row["completion"])[:limit] for row in examples.rows
+        ]
+        lengths = torch.tensor([len(response) for response in responses])
+        cost = lengths + torch.tensor([len(prompt) for prompt in prompts])
+        return Batch(prompts=prompts, responses=responses, lengths=lengths, cost=cost)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy}
+
+    def collect(self, step: int) -> Batch:
+        batch = self.items.select(self.order.indices(step))
+        mask = torch.arange(int(batch.lengths.max()))[None, :] < batch.lengths[:, None]
+        return batch.with_fields(mask=mask)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        scores = self.policy.score(batch.prompts, batch.responses)
+        total = -scores.logprobs[scores.mask].sum()
+        return total / batch.tokens, {}
+
+    def evaluate(self) -> Metrics:
+        """Mean next-token loss on held-out responses, in nats."""
+        if self.held_out is None:
+            return {}
+        total, tokens = 0.0, 0
+        for part in self.held_out.split(16384):
+            scores = self.policy.score(part.prompts, part.responses)
+            total -= float(scores.logprobs[scores.mask].sum())
+            tokens += int(scores.mask.sum())
+        return {"loss": total / tokens}
+
+    def samples(self, batch: Batch) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": self.policy.decode(batch.prompts[i]),
+                "response": self.policy.decode(batch.responses[i]),
+            }
+            for i in range(min(len(batch), 4))
+        ]
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.data.fingerprint}
+
+    def save(self, folder: Path) -> None:
+        self.policy.save(folder)

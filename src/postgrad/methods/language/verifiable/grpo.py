@@ -1,0 +1,174 @@
+"""Group Relative Policy Optimization."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from postgrad.advantages.group import group_mean_centred, group_standardised
+from postgrad.batch import Batch
+from postgrad.config import setting
+from postgrad.errors import PostgradError
+from postgrad.methods.base import FourParts, Metrics, Place
+from postgrad.methods.language.base import (
+    DataSettings,
+    find_data,
+    find_held_out,
+    render_prompts,
+)
+from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
+from postgrad.models.language import LanguagePolicy
+from postgrad.rewards import RewardSpec, load_rewards
+from postgrad.sampling.epochs import Epochs
+from postgrad.sampling.generation import Rollouts, generate
+from postgrad.seeding import derive
+from postgrad.tasks import Examples
+from postgrad.timing import timed
+
+
+class GRPOSettings(PolicyGradientSettings):
+    """GRPO's settings; the defaults are DeepSeekMath's form."""
+
+    data: DataSettings = setting(DataSettings(name="reasoning-gym/chain_sum"), "prompts")
+    reward: list[RewardSpec] | RewardSpec | None = setting(
+        None, "a verifier, module:function or file.py:function, or several with weights"
+    )
+    reward_time_limit: float = setting(60.0, "seconds a reward call may take", gt=0)
+    normalise: Literal["std", "none"] = setting(
+        "std", "divide the centred reward by the group's standard deviation", source="paper, §4.1.2"
+    )
+    baseline: Literal["group-mean", "none"] = setting(
+        "group-mean", "what is subtracted from the reward; none, with rewards of 0 and 1, is "
+        "online rejection fine-tuning", source="paper, §5.2.1"
+    )  # fmt: skip
+    aggregation: Literal["token-mean", "sequence-mean", "sequence-sum-constant"] = setting(
+        "sequence-mean", "how token losses become one", source="paper, eq. 3"
+    )
+    kl_coefficient: float = setting(
+        0.0, "weight of the KL to the initial policy (paper: 0.04)", ge=0, source="TRL"
+    )
+
+
+class GRPO(ClippedPolicyGradient):
+    """Group Relative Policy Optimization (Shao et al. 2024, arXiv:2402.03300).
+
+    PPO without a critic: the responses to one prompt are each other's baseline. With rewards
+    r_1 … r_G of a group,
+
+        A_i = (r_i - mean(r)) / (std(r) + 1e-4)
+        L   = mean_i 1/|y_i| sum_t max(-rho A, -clip(rho, 1 - low, 1 + high) A) + beta KL_k3
+
+    with rho_t = pi(y_t) / pi_old(y_t). Switches give its descendants' changes: `normalise=none` and
+    `aggregation=sequence-sum-constant` (Dr. GRPO), `clip_high` (DAPO), `aggregation=token-mean`,
+    `importance=sequence` (GSPO's ratio), `dual_clip`. The KL to the initial policy is off by
+    default, as practice has come to prefer; the paper used 0.04.
+    """
+
+    Config = GRPOSettings
+    recipe = {"learning_rate": 1e-6, "steps": 100}
+    parts = FourParts(
+        mask="PPO clip: no gradient where the ratio leaves [1 - low, 1 + high] on the winning side",
+        denominator="the policy that sampled",
+        advantage="reward minus group mean, over group standard deviation",
+        gradient="token log-likelihood ratio",
+    )
+    config: GRPOSettings
+
+    def __init__(
+        self,
+        config: GRPOSettings,
+        place: Place,
+        *,
+        model: LanguagePolicy | None = None,
+        data: Examples | list[dict[str, Any]] | None = None,
+        reward: Any = None,
+    ):
+        if config.rollout.samples < 2 and config.baseline == "group-mean":
+            raise PostgradError(
+                "rollout.samples: a group-normalised advantage needs at least 2 samples a prompt, "
+                f"got {config.rollout.samples}"
+            )
+        super().__init__(config, place, model=model)
+        self.data = find_data(config.data, place, "prompts", data)
+        self.held_out = find_held_out(config, place, "prompts")
+        spec = reward if reward is not None else (config.reward or self.data.verifier)
+        if spec is None:
+            raise PostgradError(
+                f"reward: {self.data.name} brings no verifier of its own: name one, e.g. "
+                "reward=numeric, or your own reward=file.py:function"
+            )
+        self.rewards = load_rewards(spec, time_limit=config.reward_time_limit)
+        room = config.rollout.max_new_tokens
+        self.prompts = render_prompts(self.policy, self.data, config, room)
+        if self.held_out is not None:
+            self.held_out = self.held_out.first(config.eval_size)
+            self.held_out_prompts = render_prompts(self.policy, self.held_out, config, room)
+        self.order = Epochs(len(self.prompts), config.batch_size, place.seed)
+
+    def check(self) -> None:
+        self.rewards.probe(self.data.rows[0])
+
+    def collect(self, step: int) -> Batch:
+        index = self.order.indices(step).tolist()
+        samples = self.config.rollout.samples
+        seeds = [
+            derive(self.place.seed, "rollout", step, prompt, sample)
+            for prompt in range(len(index))
+            for sample in range(samples)
+        ]
+        prompts = [self.prompts[i] for i in index]
+        with timed("rollout"), torch.no_grad():
+            sampling = self.config.rollout.sampling()
+            rollouts = generate(self.policy, prompts, sampling, samples=samples, seeds=seeds)
+        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        reward, terms = self._reward(rows, rollouts)
+        group = torch.arange(len(index)).repeat_interleave(samples)
+        return self.batch_of(
+            rollouts,
+            step,
+            group=group,
+            advantages=self.advantages(reward, group),
+            reward=reward,
+            terms=terms,
+        )
+
+    def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
+        """One number a response `[N]` from rewards `[N]` and the prompt each belongs to `[N]`."""
+        if self.config.baseline == "none":
+            return reward
+        if self.config.normalise == "none":
+            return group_mean_centred(reward, group)
+        return group_standardised(reward, group)
+
+    def _reward(
+        self, rows: list[dict[str, Any]], rollouts: Rollouts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        with timed("reward"):
+            total, terms = self.rewards([row["prompt"] for row in rows], rollouts.texts, columns)
+        return torch.tensor(total), {name: torch.tensor(term) for name, term in terms.items()}
+
+    def describe_batch(self, batch: Batch) -> Metrics:
+        spread = torch.stack([batch.reward[batch.group == g].std() for g in batch.group.unique()])
+        degenerate = float((spread == 0).float().mean())
+        return {**super().describe_batch(batch), "reward/degenerate_groups": degenerate}
+
+    def evaluate(self) -> Metrics:
+        """Mean reward of greedy completions on held-out prompts."""
+        if self.held_out is None:
+            return {}
+        greedy = self.config.rollout.sampling(temperature=0.0)
+        rollouts = generate(
+            self.policy, self.held_out_prompts, greedy, seeds=[0] * len(self.held_out_prompts)
+        )
+        reward, terms = self._reward(self.held_out.rows, rollouts)
+        means = {name: float(term.mean()) for name, term in terms.items()}
+        lengths = [float(len(response)) for response in rollouts.responses]
+        return {
+            "reward": float(reward.mean()),
+            **({f"reward/{n}": m for n, m in means.items()} if len(means) > 1 else {}),
+            "length": sum(lengths) / len(lengths),
+        }
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.data.fingerprint}

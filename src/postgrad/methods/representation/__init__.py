@@ -1,0 +1,1 @@
+"""Representation learning: contrasts between views and between texts."""

@@ -1,0 +1,118 @@
+"""The family of contrasts between two embeddings of each sample: a method fills in the loss."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.batch import Batch
+from postgrad.config import Settings, setting
+from postgrad.errors import PostgradError
+from postgrad.methods.base import Method, Metrics, Place
+from postgrad.methods.language.base import DataSettings, find_data
+from postgrad.methods.representation.sources import (
+    EncoderSettings,
+    ImageViews,
+    PairSource,
+    TextPairs,
+    ViewSettings,
+)
+from postgrad.sampling.epochs import Epochs
+from postgrad.tasks import Examples
+from postgrad.tasks.images import Images, is_images, load_images
+
+
+class ContrastSettings(Settings):
+    """Settings of every method that contrasts two embeddings of each sample."""
+
+    data: DataSettings = setting(
+        DataSettings(name="digits"),
+        "images (digits, or a folder with a subfolder a class), or pairs of texts (docstrings, …)",
+    )
+    eval_data: DataSettings | None = setting(None, "held-out data; the data's test split if empty")
+    batch_size: int = setting(64, "samples a step", ge=2)
+    encoder: EncoderSettings = setting(EncoderSettings(), "sizes of the encoders")
+    views: ViewSettings = setting(ViewSettings(), "how two views of an image differ")
+
+
+class Contrast(Method):
+    """Encoders trained by telling a sample's two embeddings from those of other samples.
+
+    Images give two random views and one encoder; pairs of texts give an anchor and a positive with
+    an encoder each. A subclass fills `contrast`.
+    """
+
+    config: ContrastSettings
+    recipe = {"steps": 700, "learning_rate": 2e-3, "schedule": "cosine", "sample_every": 100}
+
+    def __init__(
+        self,
+        config: ContrastSettings,
+        place: Place,
+        *,
+        data: Images | Examples | list[dict[str, Any]] | None = None,
+    ):
+        super().__init__(config, place)
+        self.source = _source(config, place, data)
+        if len(self.source) < 2:
+            raise PostgradError(
+                f"data: a contrast needs at least 2 samples, got {len(self.source)}"
+            )
+        self._epochs = Epochs(len(self.source), config.batch_size, place.seed)
+
+    @abstractmethod
+    def contrast(self, left: Tensor, right: Tensor, index: Tensor) -> tuple[Tensor, Metrics]:
+        """The loss `[B]` of embeddings `[B, d]` of samples `index` `[B]`, and metrics."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"encoders": self.source.encoders}
+
+    def collect(self, step: int) -> Batch:
+        return self.source.batch(self._epochs.indices(step), step)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        left, right = self.source.embed(batch)
+        # similarities are divided by small temperatures: half precision would show
+        with torch.autocast(left.device.type, enabled=False):
+            loss, metrics = self.contrast(left.float(), right.float(), batch.index)
+        return loss.sum() / batch.items, metrics
+
+    def evaluate(self) -> Metrics:
+        return self.source.evaluate()
+
+    def samples(self, batch: Batch) -> list[dict[str, Any]]:
+        return [self.source.describe(i) for i in batch.index[:4].tolist()]
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.source.fingerprint()}
+
+    def save(self, folder: Path) -> None:
+        self.source.save(folder)
+
+
+def _source(
+    config: ContrastSettings,
+    place: Place,
+    data: Images | Examples | list[dict[str, Any]] | None,
+) -> PairSource:
+    held_out = config.eval_data
+    if isinstance(data, Images) or (data is None and is_images(config.data.name)):
+        images = data if isinstance(data, Images) else _images(config.data, "data")
+        if held_out is None and data is None:
+            held_out = config.data.model_copy(update={"split": "test"})
+        tests = _images(held_out, "eval_data") if held_out else None
+        return ImageViews(images, tests, config.encoder, config.views, place)
+    pairs = find_data(config.data, place, "pairs", data)
+    if held_out is None and data is None and Examples.has_test_split(config.data.name):
+        held_out = config.data.model_copy(update={"split": "test"})
+    pairs_out = find_data(held_out, place, "pairs", None) if held_out else None
+    return TextPairs(pairs, pairs_out, config.encoder, place)
+
+
+def _images(config: DataSettings, key: str) -> Images:
+    for field in ("format", "columns", "limit"):
+        if getattr(config, field):
+            raise PostgradError(f"{key}.{field}: images have none, it is for texts")
+    return load_images(config.name, split=config.split or "train", settings=config.settings)

@@ -1,0 +1,243 @@
+"""Generative Representation Learning via Contrastive Policy Optimization."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from postgrad.advantages.group import group_mean_centred
+from postgrad.batch import Batch
+from postgrad.config import setting
+from postgrad.errors import PostgradError
+from postgrad.evaluation.retrieval import retrieval_metrics
+from postgrad.methods.base import FourParts, Metrics, Place
+from postgrad.methods.language.base import (
+    DataSettings,
+    RolloutSettings,
+    find_data,
+    find_held_out,
+)
+from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
+from postgrad.methods.representation.text import TextEncoder
+from postgrad.models.embedding_format import write_sentence_transformers
+from postgrad.models.language import LanguagePolicy
+from postgrad.rewards.contrastive import (
+    contrastive_rationale_reward,
+    unsupervised_rationale_reward,
+)
+from postgrad.sampling.epochs import Epochs
+from postgrad.sampling.generation import Rollouts, generate
+from postgrad.seeding import derive
+from postgrad.tasks import Examples
+from postgrad.timing import timed
+
+
+class GraceSettings(PolicyGradientSettings):
+    """GRACE's settings."""
+
+    data: DataSettings = setting(DataSettings(name="docstrings"), "triples, or texts")
+    mode: Literal["supervised", "unsupervised"] = setting(
+        "supervised", "triples with a query, or raw texts that are their own queries"
+    )
+    system_prompt: str = setting(
+        "Read the text and say in one plain sentence what it does.", "asks for the rationale"
+    )
+    max_text_tokens: int = setting(72, "longer texts are cut (code: 1024)", gt=0)
+    rollout: RolloutSettings = setting(
+        RolloutSettings(samples=4, max_new_tokens=24), "K rationales a text (code: 8 of 2048)"
+    )
+    partner_temperature: float = setting(
+        0.5, "sampling temperature of the query's and the negative's rationale",
+        gt=0, source="official code",
+    )  # fmt: skip
+    negatives: Literal["per_rollout", "paper"] = setting(
+        "per_rollout",
+        "paper: negatives are the same for all rollouts of a text, so they cancel in its advantage",
+        source="variant of this library",
+    )
+    consistency: float = setting(0.2, "weight lambda1 of R_cons", ge=0, source="train.sh")
+    hard_negatives: float = setting(
+        1.0, "weight lambda2 of R_hard (train.sh: 0.2)", ge=0, source="measured, see the claim"
+    )
+    reward_temperature: float = setting(0.1, "tau, divides the reward", gt=0, source="train.sh")
+    truncation_reward: float | None = setting(
+        None, "replaces the reward of a rationale that was cut (code: -1); empty: no such rule"
+    )
+
+
+class Grace(ClippedPolicyGradient):
+    """GRACE (Sun et al. 2025, arXiv:2510.04506): contrastive learning through written rationales.
+
+    The model first writes a rationale y of a text x; the embedding e(x, y) is the mean of the last
+    hidden states over text and rationale. The contrastive signal is a reward for the rationale, not
+    a gradient through the embedding, so the model stays a language model whose judgements of
+    similarity can be read. For rationale k of the positive text of triple i
+
+        R = (sim(q_i, d_ik) + R_neg + lambda1 R_cons + lambda2 R_hard) / tau,   A = R - mean_k R
+        L = - mean over tokens of A log pi(y)             (clipped ratio with several updates)
+
+    With `negatives=paper`, R_neg and R_hard do not depend on k and cancel in A: the published
+    objective is attraction and consistency alone. `per_rollout`, the default here, measures both
+    terms from each rollout, as the authors' code does in the unsupervised mode. The rule that gives
+    truncated rationales a reward of -1 is off by default, since short rationales are always cut.
+    """
+
+    Config = GraceSettings
+    recipe = {"learning_rate": 6e-5, "steps": 20, "precision": "bf16"}
+    parts = FourParts(
+        mask="PPO clip (inactive with one update a rollout)",
+        denominator="the policy that sampled",
+        advantage="contrastive reward of the rationale minus its text's mean, not divided by std",
+        gradient="token log-likelihood ratio",
+    )
+    config: GraceSettings
+
+    def __init__(
+        self,
+        config: GraceSettings,
+        place: Place,
+        *,
+        model: LanguagePolicy | None = None,
+        data: Examples | list[dict[str, Any]] | None = None,
+    ):
+        if config.rollout.samples < 2:
+            raise PostgradError(
+                "rollout.samples: the advantage compares the rationales of a text, so GRACE needs "
+                f"at least 2, got {config.rollout.samples}"
+            )
+        if config.batch_size < 2 and config.hard_negatives > 0:
+            raise PostgradError(
+                "batch_size: the hard-negative reward compares texts of a batch, so it needs at "
+                f"least 2, got {config.batch_size} (or set hard_negatives=0)"
+            )
+        super().__init__(config, place, model=model)
+        needed = "triples" if config.mode == "supervised" else "text"
+        self.data = find_data(config.data, place, needed, data)
+        held_out = find_held_out(config, place, "triples" if data is None else needed)
+        self.held_out = held_out.first(config.eval_size) if held_out is not None else None
+        self.encoder = TextEncoder(self.policy, config.system_prompt, config.max_text_tokens)
+        self.order = Epochs(len(self.data), config.batch_size, place.seed)
+        self.first_rationales: list[str] = []
+        self.last_rationales: list[str] = []
+
+    def collect(self, step: int) -> Batch:
+        rows = [self.data.rows[i] for i in self.order.indices(step).tolist()]
+        if self.config.mode == "unsupervised":
+            texts = [row["text"] for row in rows]
+            partners = [texts]
+        else:
+            texts = [row["positive"] for row in rows]
+            partners = [[row["anchor"] for row in rows]]
+            if all(row.get("negative") for row in rows):
+                partners.append([row["negative"] for row in rows])
+        rollouts = self._write(
+            texts, step, "text", self.config.rollout.samples, self.config.rollout.temperature
+        )
+        others = [
+            self._write(side, step, f"partner {n}", 1, self.config.partner_temperature)
+            for n, side in enumerate(partners)
+        ]
+        with timed("reward"), torch.no_grad():
+            own = self._embed(rollouts).unflatten(0, (len(rows), -1))
+            reward, terms = self._reward(own, [self._embed(other) for other in others], rollouts)
+        group = torch.arange(len(rows)).repeat_interleave(self.config.rollout.samples)
+        return self.batch_of(
+            rollouts,
+            step,
+            group=group,
+            advantages=group_mean_centred(reward.flatten(), group),
+            reward=reward.flatten(),
+            terms={name: term.flatten() for name, term in terms.items()},
+        )
+
+    def _reward(
+        self, own: Tensor, others: list[Tensor], rollouts: Rollouts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        common: dict[str, Any] = {
+            "consistency": config.consistency,
+            "temperature": config.reward_temperature,
+        }
+        if config.truncation_reward is not None:
+            cut = ~rollouts.finished.view(own.shape[:2])
+            common |= {"truncated": cut, "truncation_reward": config.truncation_reward}
+        if config.mode == "unsupervised":
+            return unsupervised_rationale_reward(
+                others[0], own, cross=config.hard_negatives, **common
+            )
+        return contrastive_rationale_reward(
+            others[0],
+            own,
+            others[1] if len(others) > 1 else None,
+            hard_negatives=config.hard_negatives,
+            negatives=config.negatives,
+            **common,
+        )
+
+    def _write(
+        self, texts: list[str], step: int, who: str, samples: int, temperature: float
+    ) -> Rollouts:
+        """Rationales of `texts`, `samples` of each."""
+        seeds = [
+            derive(self.place.seed, "rationale", who, step, text, sample)
+            for text in range(len(texts))
+            for sample in range(samples)
+        ]
+        prompts = [self.encoder.render(text) for text in texts]
+        with timed("rollout"), torch.no_grad():
+            sampling = self.config.rollout.sampling(temperature)
+            return generate(self.policy, prompts, sampling, samples=samples, seeds=seeds)
+
+    def _embed(self, rollouts: Rollouts) -> Tensor:
+        return self.encoder.embed(rollouts.prompts, rollouts.responses).float().cpu()
+
+    def embed(self, texts: list[str], *, rationale: bool = True) -> Tensor:
+        """Embeddings `[N, d]` of texts, with a greedily written rationale or without one."""
+        with torch.no_grad():
+            if not rationale:
+                return self.encoder.embed([self.encoder.render(t) for t in texts]).float().cpu()
+            return self._embed(self._write(texts, 0, "inference", 1, 0.0))
+
+    def evaluate(self) -> Metrics:
+        """Retrieval of the positive among all held-out positives, with greedy rationales."""
+        if self.held_out is None:
+            return {}
+        queries = [row["anchor"] for row in self.held_out.rows]
+        documents = [row["positive"] for row in self.held_out.rows]
+        written = self._write(queries + documents, 0, "evaluation", 1, 0.0)
+        self.last_rationales = written.texts
+        metrics = retrieval_metrics(*self._embed(written).chunk(2))
+        if not self.first_rationales:
+            self.first_rationales = written.texts
+            plain = self.embed(queries + documents, rationale=False)
+            without = retrieval_metrics(*plain.chunk(2))
+            metrics |= {f"without_rationale/{name}": value for name, value in without.items()}
+        return metrics
+
+    def evaluation_samples(self) -> list[dict[str, Any]]:
+        if self.held_out is None:
+            return []
+        rows = self.held_out.rows
+        return [
+            {
+                "text": row[side],
+                "rationale_before": self.first_rationales[n],
+                "rationale_after": self.last_rationales[n],
+            }
+            for side, offset in (("anchor", 0), ("positive", len(rows)))
+            for n, row in zip(range(offset, offset + 8), rows, strict=False)
+        ]
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.data.fingerprint}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first_rationales": self.first_rationales}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first_rationales = list(state["first_rationales"])
+
+    def save(self, folder: Path) -> None:
+        self.policy.save(folder)
+        write_sentence_transformers(folder, self.config.system_prompt)

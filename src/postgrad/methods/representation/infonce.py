@@ -1,0 +1,132 @@
+"""InfoNCE: contrastive fine-tuning of a causal language model as a text encoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.batch import Batch
+from postgrad.config import setting
+from postgrad.errors import PostgradError
+from postgrad.evaluation.retrieval import retrieval_metrics
+from postgrad.methods.base import Method, Metrics, Place
+from postgrad.methods.language.base import (
+    LanguageSettings,
+    find_data,
+    find_held_out,
+    find_policy,
+)
+from postgrad.methods.representation.text import INSTRUCTION, TextEncoder
+from postgrad.models.embedding_format import save_embedding_model
+from postgrad.models.language import LanguagePolicy
+from postgrad.objectives.contrastive import info_nce
+from postgrad.sampling.epochs import Epochs
+from postgrad.tasks import Examples
+
+
+class InfoNCESettings(LanguageSettings):
+    temperature: float = setting(
+        0.05, "divides the similarities", source="arXiv:2104.08821 (SimCSE)", gt=0
+    )
+    hard_negatives: bool = setting(
+        True, "use the data's negatives beside those in the batch; off: pairs suffice"
+    )
+    instruction: str = setting(INSTRUCTION, "system message before every text", min_length=1)
+    max_text_tokens: int = setting(128, "longer texts are cut", gt=0)
+
+
+class InfoNCE(Method):
+    """Contrastive Predictive Coding's loss (arXiv:1807.03748) on a causal language model.
+
+    An anchor text q must be told by its embedding from the positives and hard negatives of the
+    whole batch:
+
+        loss_i = -log( exp(sim(q_i, d_i+) / tau) / sum_j [exp(sim(q_i, d_j+) / tau) + exp(sim(q_i, d_j-) / tau)] ).
+
+    The embedding is the mean last hidden state over the text, without a rationale, as `TextEncoder`
+    renders it. It is the contrastive (CL) baseline of GRACE (arXiv:2510.04506), whose temperature is not
+    known to us: SimCSE's is the default. Attention stays causal. A step's batch is one forward pass: gradients
+    do not accumulate over parts of it, since its items are each other's negatives.
+    """
+
+    Config = InfoNCESettings
+    recipe = {"steps": 100, "learning_rate": 2e-5, "schedule": "linear", "warmup_steps": 5}
+    config: InfoNCESettings
+
+    def __init__(
+        self,
+        config: InfoNCESettings,
+        place: Place,
+        *,
+        model: LanguagePolicy | None = None,
+        data: Examples | list[dict[str, Any]] | None = None,
+    ):
+        super().__init__(config, place)
+        if config.batch_size < 2 and not config.hard_negatives:
+            raise PostgradError("batch_size: a batch of 1 has no negatives, expected at least 2")
+        needed = "triples" if config.hard_negatives else "pairs"
+        self.data = find_data(config.data, place, needed, data)
+        self._held_out = None if data is not None else find_held_out(config, place, "pairs")
+        self.policy = find_policy(config, place, model)
+        self.encoder = TextEncoder(
+            self.policy, instruction=config.instruction, max_text_tokens=config.max_text_tokens
+        )
+        self._epochs = Epochs(len(self.data), config.batch_size, place.seed)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy}
+
+    def collect(self, step: int) -> Batch:
+        rows = [self.data.rows[i] for i in self._epochs.indices(step).tolist()]
+        kinds = ("anchor", "positive") + (("negative",) if self.config.hard_negatives else ())
+        return Batch(**{kind: [row[kind] for row in rows] for kind in kinds})
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        texts = batch.anchor + batch.positive
+        if self.config.hard_negatives:
+            texts = texts + batch.negative
+        anchors, positives, *negatives = self.encoder.embed(texts).split(len(batch))
+        # similarities are divided by a small temperature: half precision would show
+        with torch.autocast(anchors.device.type, enabled=False):
+            loss = info_nce(
+                anchors,
+                positives,
+                negatives[0].unsqueeze(1) if negatives else None,
+                temperature=self.config.temperature,
+            )
+        similarity = torch.cosine_similarity(anchors.detach(), positives.detach()).mean()
+        return loss.sum() / batch.items, {"similarity": float(similarity)}
+
+    def evaluate(self) -> Metrics:
+        """Retrieval of each held-out anchor's positive among the first `eval_size` positives."""
+        if self._held_out is None:
+            return {}
+        rows = self._held_out.first(self.config.eval_size).rows
+        anchors, positives = (
+            torch.cat(
+                [
+                    self.encoder.embed([row[kind] for row in rows[start : start + 16]])
+                    for start in range(0, len(rows), 16)
+                ]
+            )
+            for kind in ("anchor", "positive")
+        )
+        return retrieval_metrics(anchors, positives)
+
+    def samples(self, batch: Batch) -> list[dict[str, Any]]:
+        return [
+            {"prompt": anchor, "response": positive}
+            for anchor, positive in zip(batch.anchor[:4], batch.positive[:4], strict=True)
+        ]
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.data.fingerprint}
+
+    def save(self, folder: Path) -> None:
+        save_embedding_model(
+            self.policy,
+            folder,
+            prefix=self.encoder.prefix,
+            max_text_tokens=self.config.max_text_tokens,
+        )

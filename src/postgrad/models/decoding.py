@@ -1,0 +1,227 @@
+"""Keys and values while sampling: those of a prompt once, those of each sample in its own buffer.
+
+A step's attention is one softmax over two parts that are never joined in memory: the scores
+against the prompt, computed for all samples of a prompt together, and those against the sample's
+own tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.models.attention import AttentionForm
+from postgrad.models.network import output_layer, packed_hidden
+from postgrad.models.packing import Block, SharedPrefixes
+from postgrad.objectives.projection import project_logits
+
+_FIRST_ROOM = 64  # tokens for which a sample's buffer has room at first; doubled when full
+
+
+class _Prefill:
+    """The layout of the prompts' forward pass, keeping every layer's keys and values."""
+
+    def __init__(self, prompts: Sequence[Tensor]):
+        self.packed = SharedPrefixes(prompts, [], [])
+        self.blocks: list[Block] = self.packed.prompt_blocks
+        self.keys: list[dict[nn.Module, Tensor]] = [{} for _ in self.blocks]
+        self.values: list[dict[nn.Module, Tensor]] = [{} for _ in self.blocks]
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
+            keys[layer] = block.pad(key).float().contiguous()
+            values[layer] = block.pad(value).float().contiguous()
+        return self.packed.attend(layer, query, key, value, form)
+
+
+@dataclass
+class _Group:
+    """The samples of one block of prompts: rows `start:stop` of the batch.
+
+    Rows are dealt to a grid [prompts, width], so that each prompt's samples lie together.
+    """
+
+    start: int
+    stop: int
+    width: int
+    slots: Tensor  # [stop - start] place of each row in the flattened grid
+    full: bool  # the grid has no holes: rows are the grid
+
+
+class Decoder:
+    """Samples in progress: feeds one token per sample and returns the next hidden states.
+
+    Args:
+        network: takes layouts (`probing.enable_sharing`).
+        prompts: distinct prompts.
+        owners: the prompt of each sample, in the callers' order.
+
+    Attributes:
+        order: `rows[i]` of every tensor is about the caller's sample `order[i]`.
+    """
+
+    def __init__(self, network: nn.Module, prompts: Sequence[Tensor], owners: Sequence[int]):
+        self._network = network
+        self._prefill = _Prefill(prompts)
+        packed = self._prefill.packed
+        hidden = packed_hidden(network, packed.tokens, packed.positions, self._prefill)
+        device = hidden.device
+        rank = {prompt: place for place, prompt in enumerate(packed.prompt_order)}
+        self.order = sorted(range(len(owners)), key=lambda i: rank[owners[i]])
+        self._prompts = torch.tensor([rank[owners[i]] for i in self.order], device=device)
+        self._sizes = torch.tensor([len(prompts[owners[i]]) for i in self.order], device=device)
+        last = torch.tensor(
+            [packed.prompt_rows[owners[i]][1] - 1 for i in self.order], device=device
+        )
+        self._hidden = hidden[last]
+        self._length = 0  # tokens fed so far, the same for all samples
+        self._keys: dict[nn.Module, Tensor] = {}
+        self._values: dict[nn.Module, Tensor] = {}
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._regroup()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def logits(self) -> Tensor:
+        """`[rows, V]` in float32, of the next token."""
+        layer = output_layer(self._network)
+        assert layer is not None
+        states = self._hidden.to(layer.weight.dtype)
+        with torch.autocast(states.device.type, enabled=False):
+            return project_logits(states, layer.weight, layer.bias, layer.transform)
+
+    def feed(self, tokens: Tensor) -> None:
+        """Append a token `[rows]` to each sample."""
+        self._masks = {}
+        self._hidden = packed_hidden(self._network, tokens, self._sizes + self._length, self)
+        self._length += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only (increasing positions `[n]`)."""
+        self.order = [self.order[i] for i in rows.tolist()]
+        self._prompts = self._prompts[rows]
+        self._sizes = self._sizes[rows]
+        self._hidden = self._hidden[rows]
+        for store in (self._keys, self._values):
+            for layer, buffer in store.items():
+                kept = buffer.new_empty(len(rows), *buffer.shape[1:])
+                kept[:, :, : self._length] = buffer[rows, :, : self._length]
+                store[layer] = kept
+        self._regroup()
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        """The layout's part: every row of the batch is the newest token of one sample."""
+        with torch.autocast(query.device.type, enabled=False):
+            return self._attend(layer, query, key, value, form)
+
+    def _attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        rows, heads, width = query.shape
+        key_heads = key.shape[1]
+        keys, values = self._store(layer, key, value)
+        scale = width**-0.5 if form.scale is None else form.scale
+        grouped = (query.float() * scale).view(rows, key_heads, heads // key_heads, width)
+        own_scores = _capped(grouped @ keys.transpose(2, 3), form)
+        if form.window is not None and keys.shape[2] > form.window:
+            own_scores[..., : keys.shape[2] - form.window] = -torch.inf
+        outputs = []
+        for position, group in enumerate(self._groups):
+            if group.start == group.stop:
+                continue
+            part = slice(group.start, group.stop)
+            prompt_keys = self._prefill.keys[position][layer]
+            scores = _capped(
+                _to_grid(grouped[part], group, len(prompt_keys)) @ prompt_keys.transpose(2, 3), form
+            )
+            mask = self._prompt_mask(position, form.window)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            scores = torch.cat([_to_rows(scores, group, grouped.shape[2]), own_scores[part]], -1)
+            to_prompt, to_itself = scores.softmax(-1).split(
+                [prompt_keys.shape[2], keys.shape[2]], -1
+            )
+            from_prompt = (
+                _to_grid(to_prompt, group, len(prompt_keys))
+                @ self._prefill.values[position][layer]
+            )
+            outputs.append(
+                _to_rows(from_prompt, group, grouped.shape[2]) + to_itself @ values[part]
+            )
+        return torch.cat(outputs).view(rows, heads, width).to(query.dtype)
+
+    def _store(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest keys and values; all so far, `[rows, key heads, length + 1, d]`."""
+        end = self._length + 1
+        views = []
+        for store, new in ((self._keys, key), (self._values, value)):
+            buffer = store.get(layer)
+            if buffer is None or buffer.shape[2] < end:
+                room = _FIRST_ROOM if buffer is None else 2 * buffer.shape[2]
+                grown = torch.empty(
+                    len(new), new.shape[1], room, new.shape[2], device=new.device
+                )
+                if buffer is not None:
+                    grown[:, :, : self._length] = buffer
+                store[layer] = buffer = grown
+            buffer[:, :, self._length] = new
+            views.append(buffer[:, :, :end])
+        return views[0], views[1]
+
+    def _regroup(self) -> None:
+        """Deal the rows to their prompts' blocks."""
+        self._groups: list[_Group] = []
+        first = start = 0
+        for block in self._prefill.blocks:
+            count = len(block.lengths)
+            here = (self._prompts >= first) & (self._prompts < first + count)
+            local = self._prompts[here] - first
+            members = torch.bincount(local, minlength=count)
+            width = int(members.max())
+            ahead = members.cumsum(0) - members
+            within = torch.arange(len(local), device=local.device) - ahead[local]
+            full = bool((members == width).all())
+            slots = local * width + within
+            self._groups.append(_Group(start, start + len(local), width, slots, full))
+            first += count
+            start += len(local)
+
+    def _prompt_mask(self, position: int, window: int | None) -> Tensor | None:
+        """`[g, 1, 1, P]`: which of a block's padded prompt tokens this step's queries see."""
+        if (position, window) not in self._masks:
+            block = self._prefill.blocks[position]
+            self._masks[position, window] = None
+            if not block.uniform or window is not None:
+                columns = torch.arange(block.longest, device=self._hidden.device)
+                sizes = torch.tensor(block.lengths, device=columns.device)[:, None]
+                sees = columns < sizes
+                if window is not None:
+                    sees = sees & (columns > sizes + self._length - window)
+                self._masks[position, window] = sees[:, None, None]
+        return self._masks[position, window]
+
+
+def _capped(scores: Tensor, form: AttentionForm) -> Tensor:
+    if form.softcap is None:
+        return scores
+    return form.softcap * torch.tanh(scores / form.softcap)
+
+
+def _to_grid(rows: Tensor, group: _Group, prompts: int) -> Tensor:
+    """`[prompts, key heads, width · repeats, d]` from rows `[n, key heads, repeats, d]`."""
+    if not group.full:
+        grid = rows.new_zeros(prompts * group.width, *rows.shape[1:])
+        rows = grid.index_copy_(0, group.slots, rows)
+    return rows.unflatten(0, (prompts, group.width)).transpose(1, 2).flatten(2, 3)
+
+
+def _to_rows(grid: Tensor, group: _Group, repeats: int) -> Tensor:
+    """The rows `[n, key heads, repeats, d]` of a grid `[prompts, key heads, width · repeats, d]`."""
+    rows = grid.unflatten(2, (group.width, repeats)).transpose(1, 2).flatten(0, 1)
+    return rows if group.full else rows[group.slots]

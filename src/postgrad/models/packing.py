@@ -1,0 +1,194 @@
+"""Prompts and completions packed into one row of tokens; a prompt's tokens occur only once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.models.attention import AttentionForm, masked_attention
+
+_MASK_ELEMENTS = 2**24  # a block's mask holds at most this many
+
+
+class Block:
+    """Some sequences of similar length that lie one after the other in the row of tokens.
+
+    The token-wise part of a network never sees padding; attention sees the block padded on the
+    right to its longest sequence.
+    """
+
+    def __init__(self, start: int, lengths: Sequence[int], device: torch.device):
+        self.start = start
+        self.lengths = list(lengths)
+        self.longest = max(lengths)
+        self.stop = start + sum(lengths)
+        self.uniform = min(lengths) == self.longest
+        sizes = torch.tensor(self.lengths, device=device)
+        steps = torch.arange(self.longest, device=device)
+        inside = steps < sizes[:, None]
+        first = sizes.cumsum(0) - sizes
+        # padding repeats the last token of its sequence: nothing outside the block is touched
+        steps = torch.minimum(steps, sizes[:, None] - 1)
+        self._padded_rows = (first[:, None] + steps).flatten()
+        self._kept = inside.flatten().nonzero().squeeze(1)
+
+    def pad(self, row: Tensor) -> Tensor:
+        """`[n, heads, longest, d]` from the whole row `[tokens, heads, d]`."""
+        part = row[self.start : self.stop]
+        if not self.uniform:
+            part = part.flatten(1).index_select(0, self._padded_rows).unflatten(1, part.shape[1:])
+        return part.unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """The block's part of the row, `[stop - start, heads, d]`, from `[n, heads, longest, d]`."""
+        flat = padded.transpose(1, 2).flatten(0, 1)
+        if self.uniform:
+            return flat
+        return flat.flatten(1).index_select(0, self._kept).unflatten(1, flat.shape[1:])
+
+
+@dataclass
+class _Completions:
+    """A block of completions and the prompt (of one prompt block) that each continues."""
+
+    block: Block
+    owners: Tensor  # [n] position in the block of prompts
+    prompt_lengths: Tensor  # [n], or [1] where all are the same
+    masks: dict[int | None, Tensor]  # by window
+
+
+class SharedPrefixes:
+    """The layout of distinct prompts and their completions in one row of tokens.
+
+    Each prompt attends causally to itself, each completion to its prompt and causally to itself.
+    Prompts come first in the row; both are sorted into blocks of similar length.
+
+    Args:
+        prompts: distinct prompts, each `[P]` with P ≥ 1.
+        completions: each `[L]`, L ≥ 0.
+        owners: for each completion, the position of its prompt.
+
+    Attributes:
+        tokens, positions: `[tokens]`, what the network is called with.
+        prompt_rows, completion_rows: where each sequence lies in the row, as (start, stop).
+        prompt_blocks: the blocks of prompts, in the order of the row.
+        prompt_order: the prompts' positions in the order of the row.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Tensor], completions: Sequence[Tensor], owners: Sequence[int]
+    ):
+        device = prompts[0].device
+        self.prompt_rows = [(0, 0)] * len(prompts)
+        self.completion_rows = [(0, 0)] * len(completions)
+        self.prompt_blocks: list[Block] = []
+        self.prompt_order: list[int] = []
+        self._completions: list[list[_Completions]] = []
+        pieces: list[Tensor] = []
+        positions: list[Tensor] = []
+        end = 0
+
+        buckets = _buckets(range(len(prompts)), [len(p) for p in prompts])
+        for members in buckets:
+            self.prompt_order += members
+            block = Block(end, [len(prompts[i]) for i in members], device)
+            for i in members:
+                self.prompt_rows[i] = (end, end + len(prompts[i]))
+                end += len(prompts[i])
+                pieces.append(prompts[i])
+                positions.append(torch.arange(len(prompts[i]), device=device))
+            self.prompt_blocks.append(block)
+
+        lengths = [len(c) for c in completions]
+        for block, members in zip(self.prompt_blocks, buckets, strict=True):
+            place = {prompt: position for position, prompt in enumerate(members)}
+            theirs = [i for i, owner in enumerate(owners) if owner in place and lengths[i] > 0]
+            parts = []
+            for bucket in _buckets(theirs, lengths, prefix=block.longest):
+                part = Block(end, [lengths[i] for i in bucket], device)
+                sizes = [len(prompts[owners[i]]) for i in bucket]
+                for i, size in zip(bucket, sizes, strict=True):
+                    self.completion_rows[i] = (end, end + lengths[i])
+                    end += lengths[i]
+                    pieces.append(completions[i])
+                    positions.append(torch.arange(size, size + lengths[i], device=device))
+                same = len(set(sizes)) == 1
+                parts.append(
+                    _Completions(
+                        part,
+                        torch.tensor([place[owners[i]] for i in bucket], device=device),
+                        torch.tensor(sizes[:1] if same else sizes, device=device),
+                        {},
+                    )
+                )
+            self._completions.append(parts)
+        self.tokens = torch.cat(pieces)
+        self.positions = torch.cat(positions)
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        prompt_outputs, completion_outputs = [], []
+        for block, parts in zip(self.prompt_blocks, self._completions, strict=True):
+            keys, values = block.pad(key), block.pad(value)
+            windowed = form.window is not None and form.window < block.longest
+            mask = _window_mask(block.longest, form.window, key.device) if windowed else None
+            own = masked_attention(block.pad(query), keys, values, mask, form, causal=not windowed)
+            prompt_outputs.append(block.unpad(own))
+            for part in parts:
+                output = masked_attention(
+                    part.block.pad(query),
+                    torch.cat([_of_owners(keys, part.owners), part.block.pad(key)], 2),
+                    torch.cat([_of_owners(values, part.owners), part.block.pad(value)], 2),
+                    _completion_mask(part, block.longest, form.window),
+                    form,
+                )
+                completion_outputs.append(part.block.unpad(output))
+        return torch.cat(prompt_outputs + completion_outputs)
+
+
+def _buckets(
+    members: Sequence[int], lengths: Sequence[int], prefix: int = 0
+) -> list[list[int]]:
+    """Members sorted by falling length, cut where lengths differ much or masks would grow large."""
+    buckets: list[list[int]] = []
+    longest = 0
+    for i in sorted(members, key=lambda member: -lengths[member]):
+        area = (len(buckets[-1]) + 1) * longest * (longest + prefix) if buckets else 0
+        if not buckets or longest > 1.5 * lengths[i] + 16 or area > _MASK_ELEMENTS:
+            buckets.append([])
+            longest = lengths[i]
+        buckets[-1].append(i)
+    return buckets
+
+
+def _of_owners(padded: Tensor, owners: Tensor) -> Tensor:
+    """Each completion's prompt `[n, heads, P, d]` from the block of prompts `[g, heads, P, d]`."""
+    if len(padded) == 1:
+        return padded.expand(len(owners), -1, -1, -1)
+    return padded.index_select(0, owners)
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """`[1, 1, length, length]`: causal, and no further back than the window."""
+    steps = torch.arange(length, device=device)
+    return _sees(steps[:, None], steps, window)[None, None]
+
+
+def _completion_mask(part: _Completions, prefix: int, window: int | None) -> Tensor:
+    """`[n or 1, 1, T, prefix + T]`: all of the prompt without its padding, and causally itself."""
+    if window not in part.masks:
+        device = part.owners.device
+        steps = torch.arange(part.block.longest, device=device)
+        columns = torch.arange(prefix, device=device)
+        sizes = part.prompt_lengths[:, None, None]
+        to_prompt = _sees(sizes + steps[:, None], columns, window) & (columns < sizes)
+        to_itself = _sees(steps[:, None], steps, window).expand(len(sizes), -1, -1)
+        part.masks[window] = torch.cat([to_prompt, to_itself], -1)[:, None]
+    return part.masks[window]
+
+
+def _sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    causal = key <= query
+    return causal if window is None else causal & (key > query - window)

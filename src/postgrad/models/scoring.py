@@ -1,0 +1,149 @@
+"""Log-probabilities, entropies and embeddings of responses, each prompt computed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.models.network import base_of, output_layer, packed_hidden, pad_right
+from postgrad.models.packing import SharedPrefixes
+from postgrad.objectives.projection import project_logprobs
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a policy says about the tokens of N responses, T being the longest.
+
+    Attributes:
+        logprobs: `[N, T]` in nats, at least float32; 0 where `mask` is False.
+        mask: `[N, T]` bool, True at the tokens of the responses.
+        entropies: `[N, T]` in nats, 0 where masked; None unless asked for.
+    """
+
+    logprobs: Tensor
+    mask: Tensor
+    entropies: Tensor | None
+
+
+def distinct(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The different prompts in order of appearance, and for each item which of them it has."""
+    places: dict[tuple[int, ...], int] = {}
+    unique: list[Tensor] = []
+    owners = []
+    for prompt in prompts:
+        key = tuple(prompt.tolist())
+        if key not in places:
+            places[key] = len(unique)
+            unique.append(prompt)
+        owners.append(places[key])
+    return unique, owners
+
+
+def score_shared(
+    network: nn.Module,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    temperature: float,
+    entropy: bool,
+) -> TokenScores:
+    """Scores of responses `[L]` after prompts `[P]`, by one packed row of tokens.
+
+    The network must take layouts (`probing.enable_sharing`).
+    """
+    unique, owners = distinct(prompts)
+    packed = SharedPrefixes(unique, [response[:-1] for response in responses], owners)
+    hidden = packed_hidden(network, packed.tokens, packed.positions, packed)
+    rows = [
+        row
+        for (start, stop), owner, response in zip(
+            packed.completion_rows, owners, responses, strict=True
+        )
+        if len(response)
+        for row in (packed.prompt_rows[owner][1] - 1, *range(start, stop))
+    ]
+    layer = output_layer(network)
+    assert layer is not None
+    logprobs, entropies = project_logprobs(
+        hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)],
+        layer.weight,
+        torch.cat(list(responses)),
+        bias=layer.bias,
+        temperature=temperature,
+        transform=layer.transform,
+        entropy=entropy,
+    )
+    _, mask = pad_right(list(responses))
+    return TokenScores(
+        _spread(logprobs, mask), mask, None if entropies is None else _spread(entropies, mask)
+    )
+
+
+def score_plain(
+    network: nn.Module,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    temperature: float,
+    entropy: bool,
+) -> TokenScores:
+    """The same by the network's own forward over padded full sequences, for any architecture."""
+    whole = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    ids, real = pad_right(whole)
+    logits = network(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
+    _, mask = pad_right(list(responses))
+    predicting = [
+        torch.arange(len(p) - 1, len(p) + len(r) - 1, device=ids.device) + i * ids.shape[1]
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    logits = logits.flatten(0, 1)[torch.cat(predicting)].float() / temperature
+    table = logits.log_softmax(-1)
+    logprobs = table.gather(-1, torch.cat(list(responses))[:, None]).squeeze(-1)
+    entropies = _spread(-(table.exp() * table).sum(-1), mask) if entropy else None
+    return TokenScores(_spread(logprobs, mask), mask, entropies)
+
+
+def embed_shared(
+    network: nn.Module,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    skips: Sequence[int],
+) -> Tensor:
+    """Mean last hidden states `[N, d]` of prompt tokens from `skip` on and response tokens."""
+    unique, owners = distinct(prompts)
+    packed = SharedPrefixes(unique, responses, owners)
+    hidden = packed_hidden(network, packed.tokens, packed.positions, packed)
+    weights = torch.zeros(len(prompts), len(hidden), device=hidden.device)
+    for i, (owner, skip) in enumerate(zip(owners, skips, strict=True)):
+        first, last = packed.prompt_rows[owner]
+        start, stop = packed.completion_rows[i]
+        beyond = max(0, skip - (last - first))  # tokens of the response that are skipped as well
+        weights[i, first + skip : last] = 1
+        weights[i, start + beyond : stop] = 1
+    return _means(weights, hidden)
+
+
+def embed_plain(
+    network: nn.Module,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    skips: Sequence[int],
+) -> Tensor:
+    """The same by the network's own forward over padded full sequences."""
+    ids, real = pad_right([torch.cat(pair) for pair in zip(prompts, responses, strict=True)])
+    output = base_of(network).get_decoder()(
+        input_ids=ids, attention_mask=real.long(), use_cache=False
+    )
+    first = torch.tensor(list(skips), device=ids.device)
+    pooled = real & (torch.arange(ids.shape[1], device=ids.device) >= first[:, None])
+    return _means(pooled[:, None].float(), output.last_hidden_state).squeeze(1)
+
+
+def _means(weights: Tensor, hidden: Tensor) -> Tensor:
+    """Means of hidden states, in float32 also where autocast would round them."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return (weights @ hidden.float()) / weights.sum(-1, keepdim=True)
+
+
+def _spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """`[N, T]` with the values `[mask.sum()]` where the mask is True and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

@@ -1,0 +1,84 @@
+"""Metric rows as curves: points by name, thinned, smoothed, and gathered over seeds."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+Point = tuple[float, float]
+Band = tuple[float, float, float]
+
+
+def points_by_name(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """The (step, value) points of every number in metric rows `{"step": n, name: value}`."""
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                found.setdefault(name, []).append((float(row["step"]), float(value)))
+    return found
+
+
+def finite(points: Iterable[Sequence[float]]) -> list[Point]:
+    """The points that can be drawn: both coordinates finite."""
+    return [(p[0], p[1]) for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
+
+
+def thin(points: Sequence[Point], limit: int = 400) -> list[Point]:
+    """At most about `limit` points that keep every bucket's lowest and highest value."""
+    if len(points) <= limit:
+        return list(points)
+    size = math.ceil(len(points) / (limit // 2))
+    kept: list[Point] = []
+    for start in range(0, len(points), size):
+        bucket = points[start : start + size]
+        extremes = {min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])}
+        kept += sorted(extremes)
+    return kept
+
+
+def smooth(points: Sequence[Point], half_life: float) -> list[Point]:
+    """Exponential moving average of the values, its start corrected; `half_life` in points."""
+    decay = 0.5 ** (1.0 / half_life)
+    total = weight = 0.0
+    averaged = []
+    for x, y in points:
+        total, weight = decay * total + y, decay * weight + 1.0
+        averaged.append((x, total / weight))
+    return averaged
+
+
+def is_function(points: Sequence[Point]) -> bool:
+    """Whether x strictly increases, so that the points have one value at each x."""
+    return all(left[0] < right[0] for left, right in pairwise(points))
+
+
+def interpolate(points: Sequence[Point], x: float) -> float:
+    """The value at `x` on the straight line between its neighbours; `x` within the points' range."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= x <= x1:
+            return y0 if x == x0 else y1 if x == x1 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    if len(points) == 1 and points[0][0] == x:
+        return points[0][1]
+    raise ValueError(f"{x} lies outside the curve")
+
+
+def over_seeds(curves: Sequence[Sequence[Point]]) -> tuple[list[Point], list[Band]]:
+    """Mean, and lowest to highest value, of one curve under several seeds.
+
+    On the union of the seeds' x values, where all of them have a value (between points: on the
+    straight line). Every curve must satisfy `is_function`; without a common range both are empty.
+    """
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return [], []
+    first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    grid = sorted({x for curve in curves for x, _ in curve if first <= x <= last})
+    step = math.ceil(len(grid) / 240) or 1
+    grid = sorted({*grid[::step], *grid[-1:]})
+    mean, band = [], []
+    for x in grid:
+        values = [interpolate(curve, x) for curve in curves]
+        mean.append((x, math.fsum(values) / len(values)))
+        band.append((x, min(values), max(values)))
+    return mean, band

@@ -1,0 +1,251 @@
+"""The report of a run: one self-contained page from what the run folder holds."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from postgrad.catalogue import entries
+from postgrad.config import LoopSettings, flat, read_yaml
+from postgrad.errors import PostgradError
+from postgrad.reports.curves import Point, points_by_name, smooth, thin
+from postgrad.reports.figures import Series, line_chart, number, sparkline, stacked_chart
+from postgrad.reports.page import duration, render_page, write_page
+from postgrad.reports.samples import browser
+from postgrad.training.record import CONFIG, METRICS, RUN, SAMPLES, is_run, read_rows
+
+REPORT = "report.html"
+# from this many points on a curve is drawn smoothed, with the values themselves pale behind it
+_SMOOTHED = 24
+
+
+def write_run_report(folder: str | Path) -> Path:
+    """Write `report.html` into a run folder, from its configuration, metrics and samples.
+
+    Raises `PostgradError` if the folder holds no run or cannot be written.
+    """
+    folder = Path(folder)
+    if not is_run(folder):
+        raise PostgradError(f"{folder} is not a run folder: it has no {CONFIG} and {RUN}")
+    config = read_yaml(folder / CONFIG)
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    rows = read_rows(folder / METRICS)
+    curves = points_by_name(rows)
+    evaluations = {
+        name.removeprefix("evaluation/"): points
+        for name, points in curves.items()
+        if name.startswith("evaluation/")
+    }
+    text = render_page(
+        "run.html",
+        scripts=("samples.js",),
+        about=paper_facts(run["method"]),
+        facts=_facts(config, run, curves),
+        **_evaluation_table(evaluations),
+        groups=_groups(curves, evaluations),
+        time=_time(curves),
+        samples=browser(read_rows(folder / SAMPLES)),
+        settings=_settings(config),
+        config_text=(folder / CONFIG).read_text(encoding="utf-8"),
+        provenance=_provenance(run),
+        folder=folder.resolve().name,
+    )
+    return write_page(folder / REPORT, text)
+
+
+def paper_facts(slug: str) -> dict[str, str]:
+    """A method's slug, title, paper and the paper's address, as far as the catalogue knows them."""
+    found = entries().get(slug)
+    paper = found.paper if found else ""
+    arxiv = paper.removeprefix("arXiv:")
+    link = f"https://arxiv.org/abs/{arxiv}" if paper.startswith("arXiv:") else ""
+    return {
+        "method": slug,
+        "title": found.title if found else "",
+        "paper": paper,
+        "link": link,
+    }
+
+
+def _facts(
+    config: Mapping[str, Any], run: Mapping[str, Any], curves: Mapping[str, Sequence[Point]]
+) -> list[tuple[str, str]]:
+    done = int(max((points[-1][0] for points in curves.values()), default=0))
+    steps = f"{done:,}" if done == config["steps"] else f"{done:,} of {config['steps']:,}"
+    started = datetime.strptime(run["started"], "%Y-%m-%dT%H:%M:%S%z")
+    asked = [(key, config[key]) for key in ("model", "data", "environment", "reward") if key in config]
+    facts = [(key.capitalize(), _named(value)) for key, value in asked if value]
+    facts += [("Steps", steps), ("Seed", str(config["seed"]))]
+    if "time/step" in curves:
+        spent = sum(seconds for _, seconds in curves["time/step"])
+        facts.append(("Training time", duration(spent)))
+    facts.append(("Started", started.strftime("%d %B %Y, %H:%M")))
+    return facts
+
+
+def _named(value: Any) -> str:
+    """What a setting is called that may be a name, a mapping with a name, or a list of those."""
+    if isinstance(value, Mapping):
+        return str(value.get("name", "")) or json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return ", ".join(map(_named, value))
+    return str(value)
+
+
+def _evaluation_table(evaluations: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
+    rows = []
+    for name, points in evaluations.items():
+        (_, first), (_, last) = points[0], points[-1]
+        several = len(points) > 1
+        change = number(last - first, 3)
+        rows.append(
+            {
+                "name": name.replace("_", " "),
+                "before": number(first) if several else "–",
+                "after": number(last),
+                "change": ("+" if last > first else "") + change if several else "–",
+                "spark": sparkline(thin(points, 60)),
+            }
+        )
+    steps = sorted({step for points in evaluations.values() for step, _ in points})
+    first = steps[0] if steps else 0
+    return {
+        "evaluations": rows,
+        "before": "Before training" if first == 0 else f"After step {first:,.0f}",
+        "after": f"After step {steps[-1]:,.0f}" if steps else "",
+    }
+
+
+def _groups(
+    curves: Mapping[str, Sequence[Point]], evaluations: Mapping[str, Sequence[Point]]
+) -> list[dict[str, Any]]:
+    """The figures of all metrics but time: evaluations, then by prefix, single ones together."""
+    by_prefix: dict[str, list[str]] = {}
+    for name in curves:
+        prefix = _prefix(name)
+        if prefix not in ("evaluation", "time", "throughput"):
+            by_prefix.setdefault(prefix, []).append(name)
+    single = {prefix for prefix, names in by_prefix.items() if len(names) == 1}
+    order = {"reward": 0, "loss": 1, "": 3}
+    together = [
+        name
+        for prefix in sorted(by_prefix, key=lambda prefix: order.get(prefix, 2))
+        if prefix in single or prefix == ""
+        for name in by_prefix[prefix]
+    ]
+    groups = []
+    watched = [_curve(name, points) for name, points in evaluations.items() if len(points) > 2]
+    if watched:
+        groups.append({"id": "held-out", "name": "Held-out curves", "figures": watched})
+    if together:
+        figures = [_curve(name, curves[name]) for name in together]
+        groups.append({"id": "training", "name": "Training", "figures": figures})
+    for prefix in sorted(by_prefix.keys() - single - {""}, key=lambda p: (order.get(p, 2), p)):
+        figures = [
+            _curve(name.removeprefix(f"{prefix}/"), curves[name]) for name in by_prefix[prefix]
+        ]
+        title = prefix.replace("_", " ").capitalize()
+        groups.append({"id": f"metrics-{prefix}", "name": title, "figures": figures})
+    return groups
+
+
+def _prefix(name: str) -> str:
+    for word in ("reward", "loss"):
+        if name == word or name.startswith((f"{word}/", f"{word}_")):
+            return word
+    return name.split("/")[0] if "/" in name else ""
+
+
+def _curve(name: str, points: Sequence[Point]) -> Markup:
+    title = name.replace("_", " ").replace("/", " / ")
+    if len(points) < _SMOOTHED:
+        return line_chart(title, [Series(title, points)])
+    finite_only = [p for p in points if abs(p[1]) < float("inf")]
+    smoothed = thin(smooth(finite_only, half_life=len(points) / 20), 300)
+    return line_chart(title, [Series(title, smoothed, raw=thin(points))])
+
+
+def _time(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any] | None:
+    """Where the seconds went: totals by stretch, the split over steps, and rates."""
+    if "time/step" not in curves:
+        return None
+    whole = dict(curves["time/step"])
+    stretches = {
+        name.removeprefix("time/"): dict(points)
+        for name, points in curves.items()
+        if name.startswith("time/") and name != "time/step"
+    }
+    named = {x: sum(seconds.get(x, 0.0) for seconds in stretches.values()) for x in whole}
+    rest = {x: max(0.0, total - named[x]) for x, total in whole.items()}
+    layers = {**stretches, "other": rest}
+    total = sum(whole.values())
+    parts = []
+    for name, seconds in layers.items():
+        spent = sum(seconds.values())
+        share = f"{100 * spent / total:.0f} %" if total else "–"
+        parts.append({"name": name, "seconds": spent, "share": share})
+    size = -(-len(whole) // 240)
+    xs = sorted(whole)
+    buckets = [xs[i : i + size] for i in range(0, len(xs), size)]
+    stacked = [
+        (name, [(b[-1], sum(seconds.get(x, 0.0) for x in b) / len(b)) for b in buckets])
+        for name, seconds in layers.items()
+    ]
+    figures = [stacked_chart("seconds per step", stacked)] if len(xs) > 1 else []
+    figures += [
+        _curve(name.removeprefix("throughput/"), points)
+        for name, points in curves.items()
+        if name.startswith("throughput/")
+    ]
+    return {"total": total, "parts": parts, "figures": figures}
+
+
+def _settings(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The method's own settings and the loop's, these with their meanings and what was changed."""
+    loop = set(LoopSettings.model_fields)
+    usual = flat(LoopSettings())
+    own = {key: value for key, value in config.items() if key not in {*loop, "method"}}
+    shared = {key: value for key, value in config.items() if key in loop}
+    return [
+        {
+            "name": "the method",
+            "rows": [
+                {"key": key, "value": _shown(value), "meaning": "", "changed": False}
+                for key, value in flat(own).items()
+            ],
+        },
+        {
+            "name": "the training loop",
+            "rows": [
+                {
+                    "key": key,
+                    "value": _shown(value),
+                    "meaning": LoopSettings.model_fields[key].description,
+                    "changed": value != usual[key],
+                }
+                for key, value in flat(shared).items()
+            ],
+        },
+    ]
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return "—"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _provenance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    program, *words = run["command"]
+    return [
+        ("Command", shlex.join([Path(program).name, *words])),
+        ("Started", run["started"]),
+        ("Machine", run["machine"]),
+        ("Python", run["python"]),
+        *((name, text) for name, text in run["versions"].items()),
+        *((f"Fingerprint of {name}", text) for name, text in run["data"].items()),
+    ]

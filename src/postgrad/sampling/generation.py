@@ -1,0 +1,150 @@
+"""Responses sampled from a language policy, with their log-probabilities."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from postgrad.errors import PostgradError
+from postgrad.models.decoding import Decoder
+from postgrad.models.language import LanguagePolicy
+from postgrad.models.plain_decoding import PlainDecoder
+from postgrad.models.scoring import distinct
+from postgrad.sampling.drawing import SamplingSettings, draw, uniform_stream
+
+__all__ = ["Rollouts", "SamplingSettings", "generate"]
+
+_WORTH_REMOVING = 1 / 8  # share of finished rows at which a smaller batch repays the copying
+
+
+@dataclass
+class Rollouts:
+    """N sampled responses; those of one prompt follow each other.
+
+    Attributes:
+        prompts: `[P]` each, repeated for every sample.
+        responses: `[L]` each, L ≥ 1, with the end token where the response ended by one.
+        logprobs: `[L]` each, float32: of the sampled tokens under the distribution they were drawn
+            from (at the sampling temperature; after top-k and top-p, renormalised; at temperature
+            0, that at temperature 1).
+        finished: `[N]` bool: ended by an end token or a stop string; False if cut at a limit.
+        texts: the responses without special tokens; a stop string is part of its text.
+    """
+
+    prompts: list[Tensor]
+    responses: list[Tensor]
+    logprobs: list[Tensor]
+    finished: Tensor
+    texts: list[str]
+
+
+@torch.no_grad()
+def generate(
+    policy: LanguagePolicy,
+    prompts: Sequence[Tensor],
+    settings: SamplingSettings,
+    *,
+    samples: int | Sequence[int] = 1,
+    seeds: Tensor | Sequence[int],
+) -> Rollouts:
+    """Sample responses to prompts.
+
+    Args:
+        policy: what is sampled from; under bf16 autocast its matrices are used in bf16.
+        prompts: token ids `[P]` each.
+        settings: length, temperature, restrictions and stop strings.
+        samples: how many for every prompt, or for each.
+        seeds: `[N]`, one for each sample. A sample's draws come from its own seed alone, whatever
+            else is in the batch.
+
+    Raises:
+        PostgradError: a prompt is empty or leaves no room in the model's context.
+    """
+    counts = [samples] * len(prompts) if isinstance(samples, int) else list(samples)
+    if len(counts) != len(prompts) or min(counts, default=0) < 1:
+        raise ValueError(f"samples must be at least 1 for each of {len(prompts)} prompts: {counts}")
+    repeated = [
+        prompt.to(policy.device)
+        for prompt, count in zip(prompts, counts, strict=True)
+        for _ in range(count)
+    ]
+    if len(seeds) != len(repeated):
+        raise ValueError(f"{len(repeated)} samples need as many seeds, got {len(seeds)}")
+    limits = torch.tensor([_limit(policy, prompt, settings) for prompt in repeated])
+    longest = int(limits.max())
+    uniforms = torch.stack([uniform_stream(int(seed), longest) for seed in seeds])
+
+    tokens = torch.zeros(len(repeated), longest, dtype=torch.long)
+    logprobs = torch.zeros(len(repeated), longest)
+    lengths = torch.zeros(len(repeated), dtype=torch.long)
+    finished = torch.zeros(len(repeated), dtype=torch.bool)
+    ended = _end_test(policy, settings)
+    unique, owners = distinct(repeated)
+    with policy.sampling_network() as network:
+        decoder: Decoder | PlainDecoder
+        if policy.shares_prefixes:
+            decoder = Decoder(network, unique, owners)
+        else:
+            decoder = PlainDecoder(network, unique, owners)
+        alive = torch.ones(len(decoder), dtype=torch.bool)
+        for step in range(longest):
+            samples_here = torch.tensor(decoder.order)
+            drawn, drawn_logprobs = draw(
+                decoder.logits(), uniforms[samples_here, step].to(policy.device), settings
+            )
+            here = samples_here[alive]
+            tokens[here, step] = drawn.cpu()[alive]
+            logprobs[here, step] = drawn_logprobs.float().cpu()[alive]
+            lengths[here] = step + 1
+            finished[here] = ended(tokens[here, : step + 1])
+            alive = ~(finished | (lengths >= limits))[samples_here]
+            if not alive.any():
+                break
+            if (~alive).float().mean() >= _WORTH_REMOVING:
+                rows = alive.nonzero().squeeze(1).to(policy.device)
+                decoder.keep(rows)
+                drawn, alive = drawn[rows], alive[alive]
+            decoder.feed(drawn)
+
+    responses = [row[:length].to(policy.device) for row, length in zip(tokens, lengths, strict=True)]
+    return Rollouts(
+        prompts=repeated,
+        responses=responses,
+        logprobs=[
+            row[:length].to(policy.device) for row, length in zip(logprobs, lengths, strict=True)
+        ],
+        finished=finished,
+        texts=[policy.decode(response) for response in responses],
+    )
+
+
+def _limit(policy: LanguagePolicy, prompt: Tensor, settings: SamplingSettings) -> int:
+    if len(prompt) == 0:
+        raise PostgradError("a prompt has no tokens: at least one is needed to sample from")
+    room = policy.context_length - len(prompt)
+    if room < 1:
+        raise PostgradError(
+            f"a prompt of {len(prompt)} tokens leaves no room for a response in the model's "
+            f"context of {policy.context_length}: shorten it"
+        )
+    return min(settings.max_new_tokens, room)
+
+
+def _end_test(
+    policy: LanguagePolicy, settings: SamplingSettings
+) -> Callable[[Tensor], Tensor]:
+    """Says of responses so far `[n, step + 1]` which of them `[n]` have just ended."""
+    ends = torch.tensor(sorted(policy.end_tokens), dtype=torch.long)
+    # a stop string of c characters, ended by the newest token, lies within its last c + 1 tokens,
+    # give or take tokens that hold only a part of a character
+    reach = max((len(word) for word in settings.stop), default=0) * 4 + 1
+
+    def ended(so_far: Tensor) -> Tensor:
+        over = torch.isin(so_far[:, -1], ends)
+        if settings.stop:
+            tails = [policy.decode(row[-reach:]) for row in so_far]
+            over |= torch.tensor([any(word in tail for word in settings.stop) for tail in tails])
+        return over
+
+    return ended
