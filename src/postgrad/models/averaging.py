@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,10 @@ class AveragedWeights:
         for name, parameter in self._parameters.items():
             parameter.copy_(weights[name])
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {"updates": self._updates, "average": dict(self._average)}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        averages = state["average"]
-        assert isinstance(averages, dict) and isinstance(state["updates"], int)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._updates = state["updates"]
         for name, average in self._average.items():
-            average.copy_(averages[name])
+            average.copy_(state["average"][name])

@@ -2,30 +2,23 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from postgrad.errors import PostgradError
+from postgrad.models.embedded import cache_folder
 
 
-def cache_root() -> Path:
-    """$POSTGRAD_CACHE, or ~/.cache/postgrad."""
-    return Path(os.environ.get("POSTGRAD_CACHE") or Path.home() / ".cache" / "postgrad")
-
-
-def cached_folder(
-    name: str, key: Mapping[str, object], make: Callable[[Path], None]
-) -> Path:
+def cached_folder(name: str, key: Mapping[str, object], make: Callable[[Path], None]) -> Path:
     """The folder that `make` filled for this `key`, made now if it is not there yet.
 
     `make` works in a temporary folder which is renamed when complete, so that a killed or a
     concurrent process never leaves or sees half of one.
     """
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]
-    target = cache_root() / f"{name}-{digest}"
+    target = cache_folder() / f"{name}-{digest}"
     if target.is_dir():
         return target
     try:

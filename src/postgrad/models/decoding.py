@@ -148,8 +148,7 @@ class Decoder:
                 [prompt_keys.shape[2], keys.shape[2]], -1
             )
             from_prompt = (
-                _to_grid(to_prompt, group, len(prompt_keys))
-                @ self._prefill.values[position][layer]
+                _to_grid(to_prompt, group, len(prompt_keys)) @ self._prefill.values[position][layer]
             )
             outputs.append(
                 _to_rows(from_prompt, group, grouped.shape[2]) + to_itself @ values[part]
@@ -164,9 +163,7 @@ class Decoder:
             buffer = store.get(layer)
             if buffer is None or buffer.shape[2] < end:
                 room = _FIRST_ROOM if buffer is None else 2 * buffer.shape[2]
-                grown = torch.empty(
-                    len(new), new.shape[1], room, new.shape[2], device=new.device
-                )
+                grown = torch.empty(len(new), new.shape[1], room, new.shape[2], device=new.device)
                 if buffer is not None:
                     grown[:, :, : self._length] = buffer
                 store[layer] = buffer = grown

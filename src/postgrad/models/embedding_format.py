@@ -15,9 +15,10 @@ def save_embedding_model(
 ) -> None:
     """Write `policy` so that `SentenceTransformer(folder)` encodes texts with it.
 
-    `prefix` `[P]` are the ids that come before every text (instruction and chat markup). They become
-    the default prompt, and the mean over last hidden states leaves them out. Texts are cut to
-    `max_text_tokens`. What a chat template puts AFTER a text has no place in that format.
+    `prefix` `[P]` are the ids that come before every text (instruction and chat markup). They are
+    the default prompt, which the mean over last hidden states leaves out. Texts are cut to
+    `max_text_tokens`. That format has no place for markup after a text, so the mean must not
+    need any.
     The folder also loads with `AutoModelForCausalLM.from_pretrained`.
     """
     folder = Path(folder)
@@ -62,7 +63,7 @@ def save_embedding_model(
 
 
 def _as_text(tokenizer: Any, prefix: list[int]) -> str:
-    """The string that the tokenizer, with the special tokens it adds itself, turns into `prefix`."""
+    """The string that becomes `prefix` by the tokenizer, which may add a first token itself."""
     first = tokenizer.decode(prefix[:1])
     text = tokenizer.decode(prefix)
     for candidate in (text, text.removeprefix(first)):

@@ -1,6 +1,6 @@
 """Flow-matching policies: a velocity field over latents, and a small one trained from scratch.
 
-A rectified flow carries noise at time 1 to data at time 0 along dx/dt = v(x, t, prompt). The methods
+A rectified flow carries noise at time 1 to data at time 0 along dx/dt = v(x, t, prompt). Methods
 see nothing but `FlowPolicy`. `digits_flow` is one for scikit-learn's 8x8 digits, pretrained on the
 spot and cached; users' diffusers models come in by `postgrad.models.diffusers_flow`.
 """
@@ -16,10 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from postgrad.errors import MissingExtra, PostgradError, unknown
+from postgrad.errors import MissingExtra, PostgradError
 from postgrad.models.cache import cached_folder
 from postgrad.objectives.flow import flow_times
 from postgrad.seeding import derive, generator
@@ -49,8 +50,8 @@ class FlowPolicy(nn.Module, ABC):
         """Images `[N, C, H, W]` in [0, 1], float32, without gradient."""
 
     @abstractmethod
-    def require(self, prompts: Sequence[str]) -> None:
-        """Raise PostgradError at a prompt that this policy cannot be conditioned on."""
+    def require(self, prompt: str, where: str) -> None:
+        """Raise PostgradError, naming `where` it stands, if this policy cannot take the prompt."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -137,10 +138,10 @@ class ClassFlow(FlowPolicy):
     def decode(self, latents: Tensor) -> Tensor:
         return ((latents.float() + 1) / 2).clamp(0, 1)
 
-    def require(self, prompts: Sequence[str]) -> None:
-        for name in prompts:
-            if name not in self._index:
-                raise unknown("class", name, self._index)
+    def require(self, prompt: str, where: str) -> None:
+        if prompt not in self._index:
+            classes = ", ".join(self._index)
+            raise PostgradError(f"{where}: unknown class {prompt!r}: expected one of {classes}")
 
     def save(self, folder: Path) -> None:
         """`model.safetensors` and `flow.json`; `load_class_flow` reads them."""
@@ -156,9 +157,11 @@ def load_class_flow(folder: Path) -> ClassFlow:
         about = json.loads((folder / "flow.json").read_text(encoding="utf-8"))
         policy = ClassFlow(about["classes"], tuple(about["shape"]), about["width"], about["blocks"])
         policy.network.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         line = " ".join(str(error).split())
-        raise PostgradError(f"model: {folder} holds no class flow that can be read: {line}") from None
+        raise PostgradError(
+            f"model: {folder} holds no class flow that can be read: {line}"
+        ) from None
     return policy
 
 

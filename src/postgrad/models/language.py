@@ -1,299 +1,121 @@
-"""A causal language model as a policy: it renders prompts, scores and embeds, and saves itself."""
+"""Language policies by name: an embedded model, a local folder, or a model of the Hub."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from postgrad.errors import PostgradError
-from postgrad.models.network import base_of
-from postgrad.models.probing import enable_sharing
-from postgrad.models.scoring import (
-    TokenScores,
-    embed_plain,
-    embed_shared,
-    score_plain,
-    score_shared,
-)
+from postgrad.errors import MissingExtra, PostgradError, unknown
+from postgrad.models.embedded import EMBEDDED, smollm2_source, tiny_network, tiny_tokenizer
+from postgrad.models.policy import LanguagePolicy
 
-Message = dict[str, str]
-
-_SHARED = "shared prefix"
-_UNLIMITED = 2**30
+__all__ = ["LanguagePolicy", "LoraSettings", "load_policy"]
 
 
-class LanguagePolicy(nn.Module):
-    """A causal language model and its tokenizer.
-
-    The network stays in evaluation mode, so that a response has one probability and not one for
-    every dropout mask. Items are aligned lists of token ids on any device; equal prompts are
-    recognised and computed once.
+@dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter (LoRA, arXiv:2106.09685): each target W becomes W + (alpha/rank) · B A.
 
     Attributes:
-        network: the transformers model, with a peft adapter around it if there is one.
-        tokenizer: its tokenizer.
-        context_length: how many tokens prompt and response may have together.
-        sharing: "shared prefix", or "plain: " and the reason why prompts cannot be shared.
-        end_tokens: the ids that end a response.
+        rank: rows of A and columns of B.
+        alpha: numerator of the adapter's scale.
+        targets: names of the adapted modules, or "all-linear" for all but the output layer.
     """
 
-    def __init__(self, network: nn.Module, tokenizer: Any):
-        super().__init__()
-        self.network = network.eval()
-        self.tokenizer = tokenizer
-        self.adapted = hasattr(network, "peft_config")
-        obstacle = enable_sharing(network)
-        self.sharing = _SHARED if obstacle is None else f"plain: {obstacle}"
-        self.context_length = _context_length(base_of(network).config, tokenizer)
-        self.end_tokens = _end_tokens(base_of(network), tokenizer)
-        # kept in tuples, which are no submodules: neither trained nor saved in a checkpoint
-        self._frozen: tuple[nn.Module, ...] = ()
-        self._rounded: tuple[nn.Module, ...] = ()
-        self._in_reference = False
+    rank: int = 16
+    alpha: float = 32
+    targets: str | tuple[str, ...] = "all-linear"
 
-    @property
-    def shares_prefixes(self) -> bool:
-        return self.sharing == _SHARED
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise PostgradError(f"lora rank must be at least 1, got {self.rank}")
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
 
-    def train(self, mode: bool = True) -> "LanguagePolicy":
-        """Like `nn.Module.train`, but the network stays in evaluation mode."""
-        super().train(mode)
-        self.network.eval()
-        return self
+def load_policy(
+    name: str,
+    *,
+    tune: Literal["full", "lora"] = "full",
+    lora: LoraSettings | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> LanguagePolicy:
+    """Load a language policy.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguagePolicy":
-        super()._apply(fn, recurse)
-        for frozen in self._frozen:
-            frozen._apply(fn, recurse)
-        self._rounded = ()
-        return self
+    Args:
+        name: "smollm2", "tiny", a local folder, or the Hub id of any causal language model.
+        tune: train all weights, or only a low-rank adapter.
+        lora: the adapter's settings where `tune` is "lora".
+        dtype: of the weights.
+        device: where they lie.
+        trust_remote_code: allow code that comes with a model to run.
+        seed: of the random initial weights (of `tiny` and of an adapter).
 
-    # Text ------------------------------------------------------------------------------------
+    Raises:
+        PostgradError: there is no such model, or it cannot be loaded.
+        MissingExtra: an optional package is needed.
+    """
+    network, tokenizer = _load(name, dtype, trust_remote_code, seed)
+    network.to(device)
+    if tune == "lora":
+        network = _adapt(network, lora or LoraSettings(), seed)
+    elif tune == "full":
+        network.requires_grad_(True)
+    else:
+        raise unknown("kind of tuning", tune, ("full", "lora"))
+    return LanguagePolicy(network, tokenizer)
 
-    def render(self, prompt: str | list[Message]) -> Tensor:
-        """Token ids `[P]` of a prompt.
 
-        Messages go through the chat template, up to where the assistant's answer begins. A string
-        is tokenised as it is, with the special tokens that the tokenizer itself puts before text.
+def _load(
+    name: str, dtype: torch.dtype, trust_remote_code: bool, seed: int
+) -> tuple[nn.Module, Any]:
+    if name == "tiny":
+        tokenizer = tiny_tokenizer()
+        return tiny_network(tokenizer, seed).to(dtype), tokenizer
+    source = smollm2_source() if name == "smollm2" else _checked(name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        Raises:
-            PostgradError: the prompt is empty, or there are messages but no chat template.
-        """
-        if not prompt:
-            raise PostgradError("a prompt is empty: expected text or messages")
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt).input_ids
-            if ids and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]  # some tokenizers end every text; a prompt is to be continued
-        else:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise PostgradError(
-                    "the prompt is a list of messages but the model has no chat template: "
-                    "use plain text prompts or a chat model"
-                )
-            ids = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=False
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as problem:
+        reason = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise PostgradError(f"model {name!r} cannot be loaded: {reason[0]}") from problem
+    return network, tokenizer
+
+
+def _checked(name: str) -> str:
+    """The name of a folder with a model in it, or what looks like a Hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise PostgradError(
+                f"folder {name!r} has no config.json: expected a model in Hugging Face format"
             )
-        if not ids:
-            raise PostgradError("a prompt is empty: expected text or messages")
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
-
-    def encode_response(self, text: str, end: bool = True) -> Tensor:
-        """Token ids `[L]` of a response, closed by the end token unless `end` is False."""
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if end:
-            if self.tokenizer.eos_token_id is None:
-                raise PostgradError("the model's tokenizer has no end token to close a response by")
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
-
-    def decode(self, ids: Tensor) -> str:
-        """Text of token ids, without special tokens."""
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-
-    # Numbers ---------------------------------------------------------------------------------
-
-    def score(
-        self,
-        prompts: Sequence[Tensor],
-        responses: Sequence[Tensor],
-        *,
-        temperature: float = 1.0,
-        entropy: bool = False,
-    ) -> TokenScores:
-        """Log-probabilities (and entropies) of the tokens of responses after their prompts.
-
-        Args:
-            prompts: N of `[P]`, P ≥ 1.
-            responses: N of `[L]`; one without tokens has a row without True in the mask.
-            temperature: divides the logits.
-            entropy: whether the entropies of the predictions are wanted too.
-
-        Returns:
-            Tensors `[N, T]`, through which gradients flow to the trainable weights.
-
-        Raises:
-            PostgradError: prompt and response together exceed the model's context.
-        """
-        prompts, responses = self._checked(prompts, responses)
-        compute = score_shared if self.shares_prefixes else score_plain
-        return compute(self._network(), prompts, responses, temperature, entropy)
-
-    def embed(
-        self,
-        prompts: Sequence[Tensor],
-        responses: Sequence[Tensor],
-        *,
-        skip: int | Sequence[int] = 0,
-    ) -> Tensor:
-        """Mean last hidden states `[N, d]` over a prompt's tokens from `skip` on and its response's.
-
-        The states are those after the final normalisation; the means are not normalised.
-        Responses may be empty. Gradients flow to the trainable weights.
-
-        Raises:
-            ValueError: an item has no token left to average over.
-            PostgradError: prompt and response together exceed the model's context.
-        """
-        prompts, responses = self._checked(prompts, responses)
-        skips = [skip] * len(prompts) if isinstance(skip, int) else list(skip)
-        if len(skips) != len(prompts):
-            raise ValueError(f"{len(prompts)} items need as many skips, got {len(skips)}")
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if not 0 <= skips[i] < len(prompt) + len(response):
-                raise ValueError(
-                    f"item {i} has {len(prompt) + len(response)} tokens and skips {skips[i]}: "
-                    "nothing is left to average over"
-                )
-        compute = embed_shared if self.shares_prefixes else embed_plain
-        return compute(self._network(), prompts, responses, skips)
-
-    def _checked(
-        self, prompts: Sequence[Tensor], responses: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        if len(prompts) != len(responses) or not prompts:
-            raise ValueError(
-                f"prompts and responses must be aligned and not empty: {len(prompts)}, "
-                f"{len(responses)}"
-            )
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if len(prompt) == 0:
-                raise ValueError(f"the prompt of item {i} has no tokens")
-            if len(prompt) + len(response) > self.context_length:
-                raise PostgradError(
-                    f"item {i} has {len(prompt)} prompt and {len(response)} response tokens, more "
-                    f"than the model's context of {self.context_length}: shorten it"
-                )
-        device = self.device
-        return [p.to(device) for p in prompts], [r.to(device) for r in responses]
-
-    # Variants of the network -----------------------------------------------------------------
-
-    def _network(self) -> nn.Module:
-        return self._frozen[0] if self._in_reference and not self.adapted else self.network
-
-    def freeze_reference(self) -> None:
-        """Keep the present weights as the reference policy.
-
-        With an adapter nothing is copied: the reference is the network with the adapter off.
-        """
-        if not self.adapted:
-            self._frozen = (copy.deepcopy(self.network).requires_grad_(False),)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the policy scores, embeds and samples as the reference policy, without gradients.
-
-        Raises:
-            ValueError: full weights are trained and `freeze_reference` was never called.
-        """
-        if not self.adapted and not self._frozen:
-            raise ValueError("there is no reference policy: call freeze_reference() before training")
-        adapter_off = self.network.disable_adapter() if self.adapted else nullcontext()
-        self._in_reference = True
-        try:
-            with torch.no_grad(), adapter_off:
-                yield
-        finally:
-            self._in_reference = False
-
-    @contextmanager
-    def sampling_network(self) -> Iterator[nn.Module]:
-        """The network to sample from.
-
-        Under autocast, float32 matrices would be rounded again for every token. So a copy of the
-        network is used whose matrices are rounded once per call; all else it shares.
-        """
-        network = self._network()
-        device = self.device.type
-        if not torch.is_autocast_enabled(device) or not _has_float_matrices(network):
-            yield network
-            return
-        if not self._rounded or self._in_reference:
-            rounded = _sharing_copy(network)
-        else:
-            rounded = self._rounded[0]
-        _round_matrices(network, rounded, torch.get_autocast_dtype(device))
-        if not self._in_reference:
-            self._rounded = (rounded,)
-        yield rounded
-
-    def save(self, folder: str | Any) -> None:
-        """Write configuration, weights (safetensors), tokenizer and generation settings.
-
-        The folder loads with `AutoModelForCausalLM.from_pretrained`; an adapter is merged into the
-        weights of a copy.
-        """
-        network = self.network
-        if self.adapted:
-            network = copy.deepcopy(network).merge_and_unload()
-        network.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise unknown("model", name, EMBEDDED)
+    return name
 
 
-def _context_length(config: Any, tokenizer: Any) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        length = getattr(config.get_text_config(decoder=True), name, None)
-        if isinstance(length, int):
-            return length
-    return min(tokenizer.model_max_length, _UNLIMITED)
+def _adapt(network: nn.Module, settings: LoraSettings, seed: int) -> nn.Module:
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtra("peft", "lora")
+    from peft import LoraConfig, get_peft_model
 
-
-def _end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:
-    settings = getattr(base, "generation_config", None)
-    named = getattr(settings, "eos_token_id", None)
-    ends = set(named) if isinstance(named, list) else {named}
-    return frozenset(ends | {tokenizer.eos_token_id}) - {None}
-
-
-def _matrices(network: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose weight is multiplied with the tokens' states."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            yield module
-
-
-def _has_float_matrices(network: nn.Module) -> bool:
-    return any(module.weight.dtype == torch.float32 for module in _matrices(network))
-
-
-def _sharing_copy(network: nn.Module) -> nn.Module:
-    """A copy of the module tree around the same tensors."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
-
-
-def _round_matrices(network: nn.Module, rounded: nn.Module, dtype: torch.dtype) -> None:
-    """Give the matrices of the copy the present values of the network's, in `dtype`."""
-    for source, target in zip(_matrices(network), _matrices(rounded), strict=True):
-        if target.weight is source.weight:
-            target.weight = nn.Parameter(source.weight.detach().to(dtype), requires_grad=False)
-        else:
-            target.weight.data.copy_(source.weight.detach())
+    targets = settings.targets
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(network, config)

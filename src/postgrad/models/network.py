@@ -9,9 +9,14 @@ from postgrad.models.attention import Layout, no_mask
 from postgrad.objectives.projection import LogitTransform
 
 
+def is_adapted(network: nn.Module) -> bool:
+    """Whether the network is an adapter (peft) around a transformers model."""
+    return hasattr(network, "get_base_model")
+
+
 def base_of(network: nn.Module) -> nn.Module:
     """The transformers model inside an adapter (peft), or the network itself."""
-    return network.get_base_model() if hasattr(network, "peft_config") else network
+    return network.get_base_model() if is_adapted(network) else network
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,7 @@ class SharedPrefixes:
         return torch.cat(prompt_outputs + completion_outputs)
 
 
-def _buckets(
-    members: Sequence[int], lengths: Sequence[int], prefix: int = 0
-) -> list[list[int]]:
+def _buckets(members: Sequence[int], lengths: Sequence[int], prefix: int = 0) -> list[list[int]]:
     """Members sorted by falling length, cut where lengths differ much or masks would grow large."""
     buckets: list[list[int]] = []
     longest = 0

@@ -1,6 +1,7 @@
 """Sampling for networks that cannot share prompts: transformers' own cache, a prompt at a time."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,50 +12,60 @@ class PlainDecoder:
     """The interface of `decoding.Decoder` by the network's own forward and cache.
 
     Samples of one prompt form a batch without padding, so any causal architecture, recurrent ones
-    included, computes exactly what it would for the sample alone. Finished rows stay.
+    included, computes exactly what it would for the sample alone. A finished row stays in its
+    batch until all of the batch have finished.
     """
 
     def __init__(self, network: nn.Module, prompts: Sequence[Tensor], owners: Sequence[int]):
         self._network = network
-        self._members = [
-            [i for i, owner in enumerate(owners) if owner == prompt]
-            for prompt in range(len(prompts))
-        ]
-        self.order = [i for members in self._members for i in members]
-        self._kept = torch.arange(len(self.order), device=prompts[0].device)
-        self._caches: list[Any] = []
-        outputs = []
-        for prompt, members in zip(prompts, self._members, strict=True):
-            output = network(input_ids=prompt.repeat(len(members), 1), use_cache=True)
-            self._caches.append(_cache(output))
-            outputs.append(output.logits[:, -1].float())
-        self._logits = torch.cat(outputs)
+        self.order: list[int] = []
+        self._groups: list[_Group] = []
+        for place, prompt in enumerate(prompts):
+            members = [i for i, owner in enumerate(owners) if owner == place]
+            self.order += members
+            rows = torch.arange(len(members), device=prompt.device)
+            self._groups.append(_Group(len(members), rows, {}, prompt.new_empty(0)))
+            self._run(self._groups[-1], prompt.repeat(len(members), 1))
 
     def __len__(self) -> int:
         return len(self.order)
 
     def logits(self) -> Tensor:
         """`[rows, V]` in float32, of the next token."""
-        return self._logits[self._kept]
+        return torch.cat([group.logits[group.kept] for group in self._groups])
 
     def feed(self, tokens: Tensor) -> None:
         """Append a token `[rows]` to each sample."""
-        batch = tokens.new_zeros(sum(map(len, self._members)))
-        batch[self._kept] = tokens
-        outputs = []
-        parts = batch.split([len(members) for members in self._members])
-        for group, part in enumerate(parts):
-            output = self._network(
-                input_ids=part[:, None], use_cache=True, **self._caches[group]
-            )
-            self._caches[group] = _cache(output)
-            outputs.append(output.logits[:, -1].float())
-        self._logits = torch.cat(outputs)
+        parts = tokens.split([len(group.kept) for group in self._groups])
+        for group, part in zip(self._groups, parts, strict=True):
+            batch = tokens.new_zeros(group.size, 1)
+            batch[group.kept, 0] = part
+            self._run(group, batch)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only (increasing positions `[n]`)."""
         self.order = [self.order[i] for i in rows.tolist()]
-        self._kept = self._kept[rows]
+        stays = torch.zeros(sum(len(g.kept) for g in self._groups), dtype=torch.bool)
+        stays[rows.cpu()] = True
+        parts = stays.split([len(group.kept) for group in self._groups])
+        for group, part in zip(self._groups, parts, strict=True):
+            group.kept = group.kept[part.to(group.kept.device)]
+        self._groups = [group for group in self._groups if len(group.kept)]
+
+    def _run(self, group: "_Group", ids: Tensor) -> None:
+        output = self._network(input_ids=ids, use_cache=True, **group.cache)
+        group.cache = _cache(output)
+        group.logits = output.logits[:, -1].float()
+
+
+@dataclass
+class _Group:
+    """The samples of one prompt: a batch of `size` rows, of which `kept` `[n]` are in progress."""
+
+    size: int
+    kept: Tensor
+    cache: dict[str, Any]
+    logits: Tensor  # [size, V]
 
 
 def _cache(output: Any) -> dict[str, Any]:

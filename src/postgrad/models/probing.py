@@ -88,9 +88,7 @@ def _plain_logits(
     whole = [torch.cat([prompts[o], c]) for o, c in zip(owners, completions, strict=True)]
     ids, mask = pad_right(whole)
     logits = base(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-    parts = [
-        logits[i, len(prompts[o]) : len(whole[i])] for i, o in enumerate(owners)
-    ]
+    parts = [logits[i, len(prompts[o]) : len(whole[i])] for i, o in enumerate(owners)]
     return torch.cat(parts).float()
 
 

@@ -131,7 +131,9 @@ class _Projection(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
-                logits = project_logits(hidden[part].to(dtype), cast_weight, bias, transform, temperature)
+                logits = project_logits(
+                    hidden[part].to(dtype), cast_weight, bias, transform, temperature
+                )
                 normaliser = logits.logsumexp(-1)
                 chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
                 normalisers[part] = normaliser

@@ -5,15 +5,30 @@ text and its rationale; only their direction matters. No gradient flows through 
 a number for a sampled rationale.
 """
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from postgrad.errors import PostgradError
 
+Rewards = tuple[Tensor, dict[str, Tensor]]
 
-@torch.no_grad()
+
+def _in_full_precision(reward: Callable[..., Rewards]) -> Callable[..., Rewards]:
+    """Without gradients and without autocast: half precision would round similarities away."""
+
+    @functools.wraps(reward)
+    def computed(own: Tensor, *others: Any, **settings: Any) -> Rewards:
+        with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
+            return reward(own, *others, **settings)
+
+    return computed
+
+
+@_in_full_precision
 def contrastive_rationale_reward(
     query: Tensor,
     positive: Tensor,
@@ -77,7 +92,7 @@ def contrastive_rationale_reward(
     return _penalise(rewards, truncated, truncation_reward), terms
 
 
-@torch.no_grad()
+@_in_full_precision
 def unsupervised_rationale_reward(
     anchor: Tensor,
     rollouts: Tensor,

@@ -100,7 +100,8 @@ def spaces_of(environment: "gymnasium.Env[Any, Any]") -> Spaces:
         low, high = done.low.reshape(-1), done.high.reshape(-1)
         return Spaces(size, len(low), False, 0, low, high, done.shape)
     raise PostgradError(
-        f"environment {_name(environment)!r} has actions {done}: expected a Discrete or a continuous Box space"
+        f"environment {_name(environment)!r} has actions {done}: "
+        "expected a Discrete or a continuous Box space"
     )
 
 
@@ -265,7 +266,8 @@ def _flattened(environment: "gymnasium.Env[Any, Any]") -> "gymnasium.Env[Any, An
         return environment
     if not space.is_np_flattenable:
         raise PostgradError(
-            f"environment {_name(environment)!r} has observations {space}, which cannot be made a vector"
+            f"environment {_name(environment)!r} has observations {space}, "
+            "which cannot be made a vector"
         )
     return gymnasium.wrappers.FlattenObservation(environment)
 

@@ -1,7 +1,8 @@
-"""Samples from flow policies: stochastic trajectories to learn from, deterministic ones to judge."""
+"""Samples from flow policies: stochastic trajectories to learn from, deterministic to judge."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def stochastic_trajectories(
     times = policy.times(steps).to(device)
     x = _noise(policy, len(prompts), random)
     path, means, logprobs, deviations = [x], [], [], []
-    for now, following in zip(times[:-1], times[1:], strict=True):
+    for now, following in pairwise(times):
         time, next_time = now.expand(len(prompts)), following.expand(len(prompts))
         velocity = policy.velocity(x, time, prompts)
         mean, std = flow_sde_step(x, velocity, time, next_time, noise_level)
@@ -63,7 +64,7 @@ def deterministic_samples(
     """Latents `[N, ...]` at time 0 by Euler's method: the sampler that users of the model run."""
     times = policy.times(steps).to(_device(policy))
     x = _noise(policy, len(prompts), random)
-    for now, following in zip(times[:-1], times[1:], strict=True):
+    for now, following in pairwise(times):
         x = x + policy.velocity(x, now.expand(len(prompts)), prompts) * (following - now)
     return x
 

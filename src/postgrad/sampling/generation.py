@@ -8,8 +8,8 @@ from torch import Tensor
 
 from postgrad.errors import PostgradError
 from postgrad.models.decoding import Decoder
-from postgrad.models.language import LanguagePolicy
 from postgrad.models.plain_decoding import PlainDecoder
+from postgrad.models.policy import LanguagePolicy
 from postgrad.models.scoring import distinct
 from postgrad.sampling.drawing import SamplingSettings, draw, uniform_stream
 
@@ -98,16 +98,20 @@ def generate(
             logprobs[here, step] = drawn_logprobs.float().cpu()[alive]
             lengths[here] = step + 1
             finished[here] = ended(tokens[here, : step + 1])
-            alive = ~(finished | (lengths >= limits))[samples_here]
+            full = lengths >= limits
+            alive = ~(finished | full)[samples_here]
             if not alive.any():
                 break
-            if (~alive).float().mean() >= _WORTH_REMOVING:
+            # what fills the context has to go: feeding it on would leave the context
+            if (~alive).float().mean() >= _WORTH_REMOVING or full[samples_here].any():
                 rows = alive.nonzero().squeeze(1).to(policy.device)
                 decoder.keep(rows)
                 drawn, alive = drawn[rows], alive[alive]
             decoder.feed(drawn)
 
-    responses = [row[:length].to(policy.device) for row, length in zip(tokens, lengths, strict=True)]
+    responses = [
+        row[:length].to(policy.device) for row, length in zip(tokens, lengths, strict=True)
+    ]
     return Rollouts(
         prompts=repeated,
         responses=responses,
@@ -131,9 +135,7 @@ def _limit(policy: LanguagePolicy, prompt: Tensor, settings: SamplingSettings) -
     return min(settings.max_new_tokens, room)
 
 
-def _end_test(
-    policy: LanguagePolicy, settings: SamplingSettings
-) -> Callable[[Tensor], Tensor]:
+def _end_test(policy: LanguagePolicy, settings: SamplingSettings) -> Callable[[Tensor], Tensor]:
     """Says of responses so far `[n, step + 1]` which of them `[n]` have just ended."""
     ends = torch.tensor(sorted(policy.end_tokens), dtype=torch.long)
     # a stop string of c characters, ended by the newest token, lies within its last c + 1 tokens,

@@ -22,7 +22,7 @@ class Addition:
 
     A row's prompt is `ddd+ddd=`, two operands of `digits` significant digits each, padded with
     zeros to three; its answer has the four digits of the sum, least significant first, so that
-    each digit can be told from the operands' digits and a carry: `007+015=` is answered `2200`.
+    each digit can be told from the operands' digits and a carry: `043+075=` is answered `8110`.
 
     Args:
         seed: names the stream; any integer or string.
@@ -46,7 +46,7 @@ class Addition:
 
         `digits` (1, 2 or 3) asks for sums of one difficulty; None mixes them by `weights`.
         """
-        return [self._row(random, digits) for random in self._randoms("sum", n, start)]
+        return [self._row(chance, digits) for chance in self._randoms("sum", n, start)]
 
     def demonstrations(
         self, n: int, *, digits: int | None = None, corruption: float = 0.15, start: int = 0
@@ -59,25 +59,25 @@ class Addition:
                 f"addition: setting corruption must be between 0 and 1, got {corruption!r}"
             )
         rows = self.draw(n, digits=digits, start=start)
-        for row, random in zip(rows, self._randoms("corruption", n, start), strict=True):
-            wrong = random.random() < corruption
-            row["completion"] = _corrupted(row["answer"], random) if wrong else row["answer"]
+        for row, chance in zip(rows, self._randoms("corruption", n, start), strict=True):
+            wrong = chance.random() < corruption
+            row["completion"] = _corrupted(row["answer"], chance) if wrong else row["answer"]
         return rows
 
     def _randoms(self, purpose: str, n: int, start: int) -> Iterator[random.Random]:
         for index in range(start, start + n):
             yield random.Random(f"{self.seed} {purpose} {index}")
 
-    def _row(self, random: random.Random, digits: int | None) -> Row:
-        d = random.choices((1, 2, 3), self.weights)[0] if digits is None else digits
+    def _row(self, chance: random.Random, digits: int | None) -> Row:
+        d = chance.choices((1, 2, 3), self.weights)[0] if digits is None else digits
         low, high = 10 ** (d - 1), 10**d - 1
-        a, b = random.randint(low, high), random.randint(low, high)
+        a, b = chance.randint(low, high), chance.randint(low, high)
         return {"prompt": f"{a:03d}+{b:03d}=", "answer": f"{a + b:04d}"[::-1], "digits": d}
 
 
-def _corrupted(answer: str, random: random.Random) -> str:
-    place = random.randrange(len(answer))
-    digit = random.choice([d for d in "0123456789" if d != answer[place]])
+def _corrupted(answer: str, chance: random.Random) -> str:
+    place = chance.randrange(len(answer))
+    digit = chance.choice([d for d in "0123456789" if d != answer[place]])
     return answer[:place] + digit + answer[place + 1 :]
 
 

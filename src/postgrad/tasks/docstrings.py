@@ -8,6 +8,7 @@ import hashlib
 import random
 import re
 import sysconfig
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -125,20 +126,28 @@ def _functions() -> tuple[Function, ...]:
     A sentence that begins several functions' docstrings belongs to the first of them only.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(
-        path
-        for path in root.rglob("*.py")
-        if _SKIPPED.isdisjoint(path.relative_to(root).parts)
-        and not path.name.startswith(("test_", "_sysconfigdata"))
-    )
+    paths = sorted(_sources(root))
     if not paths:
         raise PostgradError(f"docstrings: no Python sources in the standard library at {root}")
     unique: dict[str, Function] = {}
     for path in paths:
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        for function in _documented(path.read_text(encoding="utf-8"), module):
+        with tokenize.open(path) as file:
+            source = file.read()
+        for function in _documented(source, module):
             unique.setdefault(function.sentence.lower(), function)
     return tuple(unique.values())
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """The Python files below `folder`, without tests, tables and installed packages."""
+    for entry in folder.iterdir():
+        if entry.name in _SKIPPED or entry.name.startswith(("test_", "_sysconfigdata")):
+            continue
+        if entry.is_dir():
+            yield from _sources(entry)
+        elif entry.suffix == ".py":
+            yield entry
 
 
 def _documented(source: str, module: str) -> Iterator[Function]:
@@ -148,6 +157,8 @@ def _documented(source: str, module: str) -> Iterator[Function]:
         if sentence is None or _trivial(node.body[1:]):
             continue
         docstring, end = node.body[0], node.end_lineno
+        if docstring.lineno == node.lineno:
+            continue
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
         yield Function(
             module,
@@ -176,7 +187,7 @@ def _first_sentence(docstring: str, name: str) -> str | None:
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0].strip()
     words = sentence.split()
-    signature = words[:1] != [] and re.match(rf"(\w+\.)?{re.escape(name)}\(", words[0])
+    signature = any(f"{name}(" in word for word in words[:1])
     if not _MINIMUM_WORDS <= len(words) <= _MAXIMUM_WORDS or signature:
         return None
     return None if "->" in sentence or ">>>" in sentence else sentence
@@ -192,8 +203,7 @@ def _trivial(body: list[ast.stmt]) -> bool:
 
 
 def _dedented(lines: list[str]) -> tuple[str, ...]:
-    filled = [line for line in lines if line.strip()]
-    indent = min(len(line) - len(line.lstrip()) for line in filled[:1])
+    indent = len(lines[0]) - len(lines[0].lstrip())
     kept = [line[indent:].rstrip() if not line[:indent].strip() else line for line in lines]
     return tuple(line for line in kept if line)
 

@@ -46,8 +46,8 @@ def read_file(path: Path, name: str) -> Numbered:
 def is_file_name(name: str) -> bool:
     """Whether `name` means a local file: it exists, or it ends or begins as only files do."""
     path = Path(name).expanduser()
-    kinds = [suffix.lower() for suffix in path.suffixes if suffix != ".gz"]
-    return path.is_file() or kinds[-1:] != [] and kinds[-1] in _READERS or name[0] in "./~"
+    kind = Path(path.name.removesuffix(".gz")).suffix.lower()
+    return path.is_file() or kind in _READERS or name[0] in "./~"
 
 
 def _nearest(path: Path) -> str:

@@ -344,7 +344,7 @@ def _numbers(row: Row, column: str, count: int, where: str) -> list[float]:
             raise _wrong_type(column, value, "numbers", where)
         if not math.isfinite(value):
             raise PostgradError(f"{where}: column {column!r} holds {value}, expected a number")
-    return values
+    return [float(value) for value in values]
 
 
 def _several(row: Row, column: str, where: str) -> list[str]:

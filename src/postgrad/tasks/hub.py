@@ -28,4 +28,5 @@ def read_hub(name: str, split: str) -> list[Row]:
         raise PostgradError(f"{name}: cannot be loaded from the Hugging Face Hub ({reason})") from (
             error
         )
-    return loaded.to_list()
+    rows: list[Row] = loaded.to_list()
+    return rows

@@ -41,7 +41,7 @@ class Images:
 class ImageOptions:
     """How images are split and read.
 
-    - `head`: class c keeps at most `head * decay**c` training images; None: all that are not held out.
+    - `head`: class c keeps at most `head * decay**c` training images; None: four fifths of it.
     - `decay`: 1 keeps the classes balanced, less makes a long tail.
     - `split_seed`: which images fall into which split.
     - `size`: images of a folder are scaled to squares of so many pixels.
@@ -88,10 +88,10 @@ def load_images(
 ) -> Images:
     """The images of one split of `name`: `digits`, or a folder with one subfolder a class.
 
-    `settings` are the fields of `ImageOptions`. Digits (1797 images of 8 x 8) are long-tailed unless
-    told otherwise: class c keeps 150 * 0.7**c training images. Whatever training leaves out of a
-    class is halved between validation and test. Raises `PostgradError` for an unknown name, split
-    or setting, an unreadable image, or a class too small to be split.
+    `settings` are the fields of `ImageOptions`. Digits (1797 images of 8 x 8) have a long tail
+    unless told otherwise: class c keeps 150 * 0.7**c training images. Whatever training leaves out
+    of a class is halved between validation and test. Raises `PostgradError` for an unknown name,
+    split or setting, an unreadable image, or a class too small to be split.
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)

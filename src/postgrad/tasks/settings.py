@@ -15,10 +15,10 @@ def with_defaults(task: str, given: dict[str, Any], defaults: dict[str, Any]) ->
 
 def whole_number(task: str, name: str, value: Any, low: int, high: int | None = None) -> int:
     """`value` if it is an integer of at least `low` and at most `high`."""
-    within = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    if not within or (high is not None and value > high):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
         upper = "" if high is None else f" and at most {high}"
         raise PostgradError(
             f"{task}: setting {name} must be a whole number of at least {low}{upper}, got {value!r}"
         )
-    return value
+    return int(value)

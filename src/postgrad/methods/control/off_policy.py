@@ -56,7 +56,7 @@ class OffPolicy(Control):
     """Blocks of environment steps, then as many gradient steps on replayed transitions.
 
     A subclass fills `policy_loss`. Q_1 and Q_2 regress on r + gamma Vbar(s'); V on min_i Q_i(s, a)
-    - lambda log pi(a|s) with a fresh action; Vbar follows V (SAC's first version, arXiv 1801.01290).
+    - lambda log pi(a|s) with a fresh action; Vbar follows V (SAC's first form, arXiv 1801.01290).
     `previous` is pi_k, a frozen copy of the policy.
     """
 

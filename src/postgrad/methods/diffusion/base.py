@@ -1,10 +1,10 @@
 """Grouped policy gradients on flow models: stochastic trajectories in, a clipped surrogate out."""
 
-import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,13 @@ class FlowSettings(Settings):
         0.99, "first share of a trajectory's steps that is trained on", gt=0, le=1, source=_CODE
     )
     updates: int = setting(2, "optimiser steps a collected batch", gt=0, source=_CODE)
-    clip: float = setting(1e-3, "ratios are clipped to [1 - clip, 1 + clip]", gt=0, lt=1)
+    clip: float | None = setting(
+        None,
+        "ratios are clipped to [1 - clip, 1 + clip]; when empty it follows the latents' dimensions",
+        source=f"{_CODE} at SD3's 65,536 dimensions; a fifth of first ratios clipped at 64",
+        gt=0,
+        lt=1,
+    )
     advantage_clip: float = setting(5.0, "largest size of an advantage", gt=0, source=_CODE)
     kl_coefficient: float = setting(0.0, "weight of the KL to the initial model", ge=0)
     average_decay: float = setting(
@@ -83,6 +89,9 @@ class FlowPolicyGradient(Method):
 
     Config = FlowSettings
     config: FlowSettings
+    #: the clip at 64 and at 65,536 latent dimensions; a log-ratio is a mean over dimensions, and
+    #: the more there are the less it varies
+    clips: ClassVar[tuple[float, float]]
 
     def __init__(
         self,
@@ -101,7 +110,9 @@ class FlowPolicyGradient(Method):
                 "sampling_steps leaves no step to train on"
             )
         self.policy = find_flow(config, place, model)
-        self.rows = _prompt_rows(config.data, place, self.policy, data)
+        self.clip = config.clip or scaled_clip(self.clips, math.prod(self.policy.latent_shape))
+        self.data = _prompts(config.data, place, self.policy, data)
+        self.rows = self.data.rows
         if config.prompts > len(self.rows):
             raise PostgradError(
                 f"prompts: {config.prompts} distinct prompts a step asked for, the data has "
@@ -112,8 +123,8 @@ class FlowPolicyGradient(Method):
                 f"updates: {config.updates} updates cannot share "
                 f"{config.prompts * config.samples} images"
             )
-        held_out = config.eval_data and _prompt_rows(config.eval_data, place, self.policy, None)
-        self.held_out = (held_out or self.rows)[: config.evaluation_prompts]
+        held_out = config.eval_data and _prompts(config.eval_data, place, self.policy, None)
+        self.held_out = (held_out or self.data).rows[: config.evaluation_prompts]
         self.rewards = load_image_rewards(
             config.reward if reward is None else reward, time_limit=config.reward_time_limit
         )
@@ -125,7 +136,7 @@ class FlowPolicyGradient(Method):
 
     @abstractmethod
     def log_ratio(self, batch: Batch, mean: Tensor, logprobs: Tensor) -> Tensor:
-        """log of the (regulated) ratio `[N]` of steps whose present mean and log-probability these are."""
+        """log of the ratio `[N]` of steps, given their mean and log-probability as they are now."""
 
     @abstractmethod
     def surrogate(self, log_ratio: Tensor, batch: Batch) -> Tensor:
@@ -223,7 +234,7 @@ class FlowPolicyGradient(Method):
         return losses.sum() / batch.items, metrics
 
     def score_steps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean `[N, ...]` and log-probability `[N]` of the sampled steps under the present policy."""
+        """Mean `[N, ...]` and log-probability `[N]` of sampled steps under the policy as it is."""
         velocity = self.policy.velocity(batch.latents, batch.time, batch.prompts)
         mean, std = flow_sde_step(
             batch.latents, velocity, batch.time, batch.next_time, self.config.noise_level
@@ -241,7 +252,7 @@ class FlowPolicyGradient(Method):
         return metrics | self._ratio_metrics(torch.cat(self._log_ratios), part)
 
     def _ratio_metrics(self, log_ratios: Tensor, batch: Batch) -> Metrics:
-        ratios, clip = log_ratios.exp(), self.config.clip
+        ratios, clip = log_ratios.exp(), self.clip
         fractions = clip_fractions(ratios, batch.advantages, clip, clip)
         metrics = {f"clip/{name}": float(value) for name, value in fractions.items()}
         by_step = ratios.view(-1, self.trained_steps)
@@ -312,6 +323,9 @@ class FlowPolicyGradient(Method):
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         return self.rewards([row["prompt"] for row in rows], list(images.cpu()), columns)
 
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.data.fingerprint}
+
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average.state_dict()}
 
@@ -324,6 +338,13 @@ class FlowPolicyGradient(Method):
             self.policy.save(folder)
 
 
+def scaled_clip(clips: tuple[float, float], dimensions: int) -> float:
+    """The clip at this many latent dimensions: the power law through those at 64 and at 65,536."""
+    few, many = clips
+    share = math.log(dimensions / 64) / math.log(65536 / 64)
+    return min(few * (many / few) ** share, 0.5)
+
+
 def find_flow(config: FlowSettings, place: Place, model: FlowPolicy | None = None) -> FlowPolicy:
     """The flow policy that `config` names, on its device, or the one passed from Python."""
     if model is not None:
@@ -331,7 +352,9 @@ def find_flow(config: FlowSettings, place: Place, model: FlowPolicy | None = Non
     name, folder = config.model, Path(config.model)
     if name == "digits-flow" or (folder / "flow.json").is_file():
         if config.tune == "lora":
-            raise PostgradError(f"tune: {name} is small and trained in full, 'lora' is for diffusers")
+            raise PostgradError(
+                f"tune: {name} is small and trained in full, 'lora' is for diffusers"
+            )
         small = digits_flow() if name == "digits-flow" else load_class_flow(folder)
         return small.to(place.device)
     if not folder.is_dir() and "/" not in name:
@@ -350,20 +373,22 @@ def find_flow(config: FlowSettings, place: Place, model: FlowPolicy | None = Non
     )
 
 
-def _prompt_rows(
+def _prompts(
     data: DataSettings | None,
     place: Place,
     policy: FlowPolicy,
     rows: Examples | list[dict[str, Any]] | None,
-) -> list[dict[str, Any]]:
-    """Rows with a `prompt` each that the policy can be conditioned on."""
+) -> Examples:
+    """The prompts that a run takes; the policy can be conditioned on each of them."""
     if data is None and rows is None:
         if not policy.own_prompts:
-            raise PostgradError("data: this model needs prompts: a file or data set with a prompt column")
-        return [{"prompt": name} for name in policy.own_prompts]
+            raise PostgradError(
+                "data: this model needs prompts: a file or data set with a column prompt"
+            )
+        rows = [{"prompt": name} for name in policy.own_prompts]
     examples = find_data(data or DataSettings(name="rows"), place, "prompts", rows)
     for number, row in enumerate(examples.rows):
         if not isinstance(row["prompt"], str):
             raise PostgradError(f"{examples.where(number)}: an image's prompt must be plain text")
-    policy.require([row["prompt"] for row in examples.rows])
-    return list(examples.rows)
+        policy.require(row["prompt"], examples.where(number))
+    return examples

@@ -3,23 +3,9 @@
 from torch import Tensor
 
 from postgrad.batch import Batch
-from postgrad.config import setting
 from postgrad.methods.base import FourParts
-from postgrad.methods.diffusion.base import FlowPolicyGradient, FlowSettings
+from postgrad.methods.diffusion.base import FlowPolicyGradient
 from postgrad.objectives.policy_gradient import clipped_surrogate
-
-
-class FlowGRPOSettings(FlowSettings):
-    """Flow-GRPO's settings."""
-
-    clip: float = setting(
-        0.02,
-        "ratios are clipped to [1 - clip, 1 + clip]; 1e-4 at the 65,536 dimensions of SD3's "
-        "latents, wider with fewer since the log-ratio is their mean",
-        source="one fifth of the ratios clipped on digits-flow",
-        gt=0,
-        lt=1,
-    )
 
 
 class FlowGRPO(FlowPolicyGradient):
@@ -36,7 +22,7 @@ class FlowGRPO(FlowPolicyGradient):
     code divides by sigma^2); averaged weights are updated after every optimiser step.
     """
 
-    Config = FlowGRPOSettings
+    clips = (5e-3, 1e-4)
     recipe = {"learning_rate": 3e-4, "steps": 100}
     parts = FourParts(
         mask="PPO clip of each step's ratio",
@@ -49,5 +35,4 @@ class FlowGRPO(FlowPolicyGradient):
         return logprobs - batch.old_logprobs
 
     def surrogate(self, log_ratio: Tensor, batch: Batch) -> Tensor:
-        clip = self.config.clip
-        return clipped_surrogate(log_ratio.exp(), batch.advantages, clip, clip)
+        return clipped_surrogate(log_ratio.exp(), batch.advantages, self.clip, self.clip)

@@ -14,14 +14,6 @@ from postgrad.objectives.flow import ratio_norm, regulated_step_loss
 class GRPOGuardSettings(FlowSettings):
     """GRPO-Guard's settings."""
 
-    clip: float = setting(
-        1e-3,
-        "normalised ratios are clipped to [1 - clip, 1 + clip]; 2e-6 to 4e-6 at the 65,536 "
-        "dimensions of SD3's latents, wider with fewer since the log-ratio is their mean",
-        source="one fifth of the ratios clipped on digits-flow",
-        gt=0,
-        lt=1,
-    )
     bias_reduce: Literal["sample", "batch"] = setting(
         "sample",
         "the bias is averaged over each image's dimensions, or over the micro-batch too as the "
@@ -38,8 +30,10 @@ class GRPOGuard(FlowPolicyGradient):
     clip, and low-noise steps dominate. GRPO-Guard removes the mean, equalises the spread, and
     divides a step's loss by its length, so that clipping restrains every step alike.
 
-        log rho~_j = s_j (log rho_j + mean_d[(mu - mu_old)^2] / (2 s_j^2)) = mean_d[(mu - mu_old) eps]
-        L_j = 1/D_j mean_i max(-A_i rho~_ij, -A_i clip(rho~_ij, 1 - eps, 1 + eps)),  D_j = t_j - t_{j+1}
+        log rho~_j = s_j (log rho_j + mean_d[(mu - mu_old)^2] / (2 s_j^2))
+                   = mean_d[(mu - mu_old) eps_j]
+        L_j = 1/D_j mean_i max(-A_i rho~_ij, -A_i clip(rho~_ij, 1 - eps, 1 + eps)),
+        D_j = t_j - t_{j+1}
 
     The gradient flows through the bias too. The mean is per image as in the paper; the code's mean
     over the micro-batch is `bias_reduce=batch`. The loss is as in the code: the remaining factor
@@ -49,10 +43,11 @@ class GRPOGuard(FlowPolicyGradient):
 
     Config = GRPOGuardSettings
     config: GRPOGuardSettings
+    clips = (1e-3, 2e-6)
     recipe = {"learning_rate": 3e-4, "steps": 100}
     parts = FourParts(
         mask="PPO clip of each step's normalised ratio",
-        denominator="the policy that sampled the trajectory, with the mean of the log-ratio removed",
+        denominator="the policy that sampled the trajectory, the log-ratio's mean removed",
         advantage="reward standardised within the prompt's images, the same for all steps",
         gradient="normalised log-ratio of a stochastic step, divided by the step's length",
     )
@@ -69,4 +64,4 @@ class GRPOGuard(FlowPolicyGradient):
 
     def surrogate(self, log_ratio: Tensor, batch: Batch) -> Tensor:
         length = batch.time - batch.next_time
-        return regulated_step_loss(log_ratio, batch.advantages, length, self.config.clip)
+        return regulated_step_loss(log_ratio, batch.advantages, length, self.clip)

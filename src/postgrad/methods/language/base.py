@@ -35,8 +35,7 @@ class LoraOptions(Settings):
 
     rank: int = setting(16, "rank of the update", gt=0)
     alpha: float = setting(32.0, "scale: the update is multiplied by alpha / rank", gt=0)
-    dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
-    targets: str = setting("all-linear", "which layers: all-linear, or names split by commas")
+    targets: str | list[str] = setting("all-linear", "which layers: all-linear, or their names")
 
 
 class RolloutSettings(Settings):
@@ -82,10 +81,11 @@ def find_policy(
     if model is not None:
         return model
     lora = config.lora
+    targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
     return load_policy(
         config.model,
         tune=config.tune,
-        lora=LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.targets),
+        lora=LoraSettings(lora.rank, lora.alpha, targets),
         device=str(place.device),
         trust_remote_code=config.trust_remote_code,
         seed=place.seed,
@@ -109,11 +109,19 @@ def find_data(
     return examples.require(needed).first(config.limit)
 
 
-def find_held_out(config: LanguageSettings, place: Place, needed: str) -> Examples | None:
-    """Held-out examples: `eval_data`, or the test split of an embedded task, or none."""
+def find_held_out(
+    config: LanguageSettings,
+    place: Place,
+    needed: str,
+    rows: Examples | list[dict[str, Any]] | None = None,
+) -> Examples | None:
+    """Held-out examples: `eval_data`, or the test split of an embedded task, or none.
+
+    `rows` are training data that were passed from Python in place of `data`: without test split.
+    """
     if config.eval_data is not None:
         return find_data(config.eval_data, place, needed, None)
-    if not Examples.has_test_split(config.data.name):
+    if rows is not None or not Examples.has_test_split(config.data.name):
         return None
     return find_data(config.data.model_copy(update={"split": "test"}), place, needed, None)
 

@@ -170,7 +170,7 @@ class ClippedPolicyGradient(Method):
         terms = {n: values for n, values in batch.fields().items() if n.startswith(TERM)}
         rows = []
         for i in range(min(len(batch), 16)):
-            tokens = batch.responses[i].tolist()
+            tokens = batch.responses[i]
             advantage = float(batch.advantages[i])
             rows.append(
                 {
@@ -179,7 +179,7 @@ class ClippedPolicyGradient(Method):
                     "reward": float(batch.reward[i]),
                     **{name: float(values[i]) for name, values in terms.items()},
                     "advantage": advantage,
-                    "tokens": [self.policy.decode([token]) for token in tokens],
+                    "tokens": [self.policy.decode(token[None]) for token in tokens],
                     "advantages": [advantage] * len(tokens),
                 }
             )

@@ -19,8 +19,8 @@ from postgrad.methods.language.base import (
     find_held_out,
 )
 from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
-from postgrad.methods.representation.text import TextEncoder
-from postgrad.models.embedding_format import write_sentence_transformers
+from postgrad.methods.representation.text import INSTRUCTION, TextEncoder
+from postgrad.models.embedding_format import save_embedding_model
 from postgrad.models.language import LanguagePolicy
 from postgrad.rewards.contrastive import (
     contrastive_rationale_reward,
@@ -40,9 +40,7 @@ class GraceSettings(PolicyGradientSettings):
     mode: Literal["supervised", "unsupervised"] = setting(
         "supervised", "triples with a query, or raw texts that are their own queries"
     )
-    system_prompt: str = setting(
-        "Read the text and say in one plain sentence what it does.", "asks for the rationale"
-    )
+    instruction: str = setting(INSTRUCTION, "asks for the rationale, before every text")
     max_text_tokens: int = setting(72, "longer texts are cut (code: 1024)", gt=0)
     rollout: RolloutSettings = setting(
         RolloutSettings(samples=4, max_new_tokens=24), "K rationales a text (code: 8 of 2048)"
@@ -116,7 +114,9 @@ class Grace(ClippedPolicyGradient):
         self.data = find_data(config.data, place, needed, data)
         held_out = find_held_out(config, place, "triples" if data is None else needed)
         self.held_out = held_out.first(config.eval_size) if held_out is not None else None
-        self.encoder = TextEncoder(self.policy, config.system_prompt, config.max_text_tokens)
+        self.encoder = TextEncoder(
+            self.policy, instruction=config.instruction, max_text_tokens=config.max_text_tokens
+        )
         self.order = Epochs(len(self.data), config.batch_size, place.seed)
         self.first_rationales: list[str] = []
         self.last_rationales: list[str] = []
@@ -190,13 +190,14 @@ class Grace(ClippedPolicyGradient):
             return generate(self.policy, prompts, sampling, samples=samples, seeds=seeds)
 
     def _embed(self, rollouts: Rollouts) -> Tensor:
-        return self.encoder.embed(rollouts.prompts, rollouts.responses).float().cpu()
+        skip = self.encoder.prefix_length
+        return self.policy.embed(rollouts.prompts, rollouts.responses, skip=skip).float().cpu()
 
     def embed(self, texts: list[str], *, rationale: bool = True) -> Tensor:
         """Embeddings `[N, d]` of texts, with a greedily written rationale or without one."""
         with torch.no_grad():
             if not rationale:
-                return self.encoder.embed([self.encoder.render(t) for t in texts]).float().cpu()
+                return self.encoder.embed(texts).float().cpu()
             return self._embed(self._write(texts, 0, "inference", 1, 0.0))
 
     def evaluate(self) -> Metrics:
@@ -239,5 +240,9 @@ class Grace(ClippedPolicyGradient):
         self.first_rationales = list(state["first_rationales"])
 
     def save(self, folder: Path) -> None:
-        self.policy.save(folder)
-        write_sentence_transformers(folder, self.config.system_prompt)
+        save_embedding_model(
+            self.policy,
+            folder,
+            prefix=self.encoder.prefix,
+            max_text_tokens=self.config.max_text_tokens,
+        )

@@ -39,15 +39,17 @@ class InfoNCESettings(LanguageSettings):
 class InfoNCE(Method):
     """Contrastive Predictive Coding's loss (arXiv:1807.03748) on a causal language model.
 
-    An anchor text q must be told by its embedding from the positives and hard negatives of the
-    whole batch:
+    The positive d+ of an anchor text q must be told from the positives and hard negatives d- of the
+    whole batch, by the similarity of their embeddings:
 
-        loss_i = -log( exp(sim(q_i, d_i+) / tau) / sum_j [exp(sim(q_i, d_j+) / tau) + exp(sim(q_i, d_j-) / tau)] ).
+        loss_i = -log( exp(sim(q_i, d_i+) / tau) / Z_i ),
+        Z_i = sum_j exp(sim(q_i, d_j+) / tau) + exp(sim(q_i, d_j-) / tau).
 
-    The embedding is the mean last hidden state over the text, without a rationale, as `TextEncoder`
-    renders it. It is the contrastive (CL) baseline of GRACE (arXiv:2510.04506), whose temperature is not
-    known to us: SimCSE's is the default. Attention stays causal. A step's batch is one forward pass: gradients
-    do not accumulate over parts of it, since its items are each other's negatives.
+    An embedding is the mean last hidden state over a text, without a rationale, as `TextEncoder`
+    renders it; attention stays causal. This is the contrastive baseline of GRACE
+    (arXiv:2510.04506); its temperature there is not known to us, so SimCSE's is the default. The
+    batch of a step is one forward pass: its items are each other's negatives, so gradients cannot
+    accumulate over parts of it.
     """
 
     Config = InfoNCESettings
@@ -67,7 +69,9 @@ class InfoNCE(Method):
             raise PostgradError("batch_size: a batch of 1 has no negatives, expected at least 2")
         needed = "triples" if config.hard_negatives else "pairs"
         self.data = find_data(config.data, place, needed, data)
-        self._held_out = None if data is not None else find_held_out(config, place, "pairs")
+        self._held_out = None
+        if data is None or config.eval_data is not None:
+            self._held_out = find_held_out(config, place, "pairs")
         self.policy = find_policy(config, place, model)
         self.encoder = TextEncoder(
             self.policy, instruction=config.instruction, max_text_tokens=config.max_text_tokens

@@ -60,14 +60,14 @@ class ISogCLR(Contrast):
 
         min_w,tau (1/n) sum_i tau_i log( (1/m) sum_j exp(h_ij / tau_i) ) + tau_i rho.
 
-    The encoder follows autograd; tau_i follows its own gradient, rho - KL(p_i || uniform), averaged by
-    `beta`, and clipped to [tau_min, tau_max]; the normaliser of every sample is a moving average over
+    The encoder follows autograd. tau_i follows its own gradient, rho - KL(p_i || uniform), averaged
+    by `beta` and kept in [tau_min, tau_max]. The normaliser of each sample is a moving average over
     its visits (`gamma`), so that small batches do. `eta = 0` keeps the temperatures: SogCLR
-    (arXiv:2202.12387). Two views of an image share temperature and normaliser; of a pair of texts,
-    anchor and positive have their own.
+    (arXiv:2202.12387). The two views of an image share temperature and normaliser; the anchor and
+    the positive of a pair of texts have their own.
 
     Deviations: AdamW, not SGD with momentum; the h form by default for images too, where the
-    authors' code uses sim; the pair itself is not counted among its negatives, as it is in the authors'
+    authors' code uses sim; the pair itself is not among its negatives, as it is in the authors'
     bimodal code; a sample seen first takes its normaliser as it is, whatever the epoch.
     """
 

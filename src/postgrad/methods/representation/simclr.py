@@ -22,9 +22,11 @@ class SimCLR(Contrast):
 
         loss_i = -log( exp(sim(a_i, b_i) / tau) / sum_{z != a_i} exp(sim(a_i, z) / tau) ),
 
-    averaged over both views. For pairs of texts it is CLIP's loss (arXiv:2103.00020): an anchor is
-    told from the other positives, and a positive from the other anchors. Trained with AdamW, not
-    LARS, and with shifts and noise in place of crops and colours: the images here are small and grey.
+    averaged over both views. For pairs of texts it is CLIP's loss (arXiv:2103.00020): the right
+    positive is told from the other positives, and the right anchor from the other anchors.
+
+    Deviations: AdamW, not LARS; shifts and noise, not crops and colours, since the images here are
+    small and grey.
     """
 
     Config = SimCLRSettings

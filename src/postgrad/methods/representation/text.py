@@ -10,7 +10,7 @@ from postgrad.errors import PostgradError
 from postgrad.models.language import LanguagePolicy
 
 INSTRUCTION = "Read the text and say in one plain sentence what it does."
-# texts of which no two begin with the same token
+# texts of which no two begin or end with the same token
 _PROBES = ("Hello", "a = 1", "7 days", "(x)")
 
 
@@ -18,10 +18,13 @@ class TextEncoder:
     """Texts as prompts under one instruction, and embeddings as means of last hidden states.
 
     The instruction is the system message and the text the user's turn; a template that refuses a
-    system message gets both in the user's turn, and a model without chat template plain lines. An
-    embedding (GRACE, arXiv:2510.04506) averages over everything after the instruction: the text's
-    tokens, the template's tail, and the tokens of a rationale if there is one. `prefix_length` is
-    how many leading tokens it leaves out: they are the same for every text.
+    system message gets both in the user's turn, and a model without chat template plain lines. What
+    comes before the text is the same for all texts and has no part in embeddings; with a rationale
+    (GRACE, arXiv:2510.04506) they average over text, the template's tail and the rationale.
+
+    Attributes:
+        prefix: the ids `[prefix_length]` before every text.
+        tail: the ids after every text, up to where the assistant's answer begins.
     """
 
     def __init__(
@@ -30,36 +33,40 @@ class TextEncoder:
         self.policy = policy
         self.instruction = instruction
         self.max_text_tokens = max_text_tokens
-        rendered = [self._rendered(probe).tolist() for probe in _PROBES]
-        self.prefix_length = _common_prefix(rendered)
-        self.prefix = torch.tensor(rendered[0][: self.prefix_length], dtype=torch.long)
-        longest = max(map(len, rendered)) + max_text_tokens
+        rendered = [self._rendered(probe) for probe in _PROBES]
+        self.prefix_length = _common_prefix([ids.tolist() for ids in rendered])
+        tail_length = _common_prefix([ids.flip(0).tolist() for ids in rendered])
+        first = rendered[0]
+        self.prefix, self.tail = first[: self.prefix_length], first[len(first) - tail_length :]
+        longest = self.prefix_length + max_text_tokens + tail_length
         if longest > policy.context_length:
             raise PostgradError(
-                f"max_text_tokens: {max_text_tokens} and the instruction do not fit into the "
-                f"model's context of {policy.context_length} tokens"
+                f"max_text_tokens: {max_text_tokens} do not fit into the model's context of "
+                f"{policy.context_length} tokens beside {longest - max_text_tokens} of instruction"
             )
 
     def render(self, text: str) -> Tensor:
-        """Prompt ids `[P]` of a text, cut to `max_text_tokens` tokens. An empty text is an error."""
-        if not text.strip():
-            raise PostgradError("a text to embed is empty")
-        return self._rendered(self._cut(text.strip()))
+        """Prompt ids `[P]`: prefix, the text cut to `max_text_tokens`, tail.
+
+        An empty text is a `PostgradError`.
+        """
+        return torch.cat([self.prefix, self._own(text), self.tail])
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings `[N, d]` of texts without rationales, not normalised, with gradients."""
-        prompts = [self.render(text) for text in texts]
-        # the instruction as a shared prompt: its keys and values are computed once
-        beginnings = [ids[: self.prefix_length] for ids in prompts]
-        texts_proper = [ids[self.prefix_length :] for ids in prompts]
-        return self.policy.embed(beginnings, texts_proper, skip=self.prefix_length)
+        """Embeddings `[N, d]` of texts without rationales: means over the texts' own tokens.
 
-    def _cut(self, text: str) -> str:
-        ids = self.policy.tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) <= self.max_text_tokens:
-            return text
-        cut = self.policy.tokenizer.decode(ids[: self.max_text_tokens], skip_special_tokens=True)
-        return cut.rstrip("\N{REPLACEMENT CHARACTER}").strip()
+        They are not normalised; gradients flow to the trainable weights.
+        """
+        own = [self._own(text) for text in texts]
+        # the prefix as a prompt that all share: its keys and values are computed once
+        return self.policy.embed([self.prefix] * len(own), own, skip=self.prefix_length)
+
+    def _own(self, text: str) -> Tensor:
+        if not text.strip():
+            raise PostgradError("a text to embed is empty")
+        ids = self._rendered(text.strip())
+        own = ids[self.prefix_length : len(ids) - len(self.tail)]
+        return own[: self.max_text_tokens]
 
     def _rendered(self, text: str) -> Tensor:
         if not self.policy.tokenizer.chat_template:

@@ -55,7 +55,7 @@ class SFT(Method):
         self.policy = find_policy(config, place, model)
         self.data = find_data(config.data, place, "demonstrations", data)
         self.items = self._tokenise(self.data)
-        held_out = find_held_out(config, place, "demonstrations")
+        held_out = find_held_out(config, place, "demonstrations", data)
         self.held_out = self._tokenise(held_out.first(config.eval_size)) if held_out else None
         self.order = Epochs(len(self.data), config.batch_size, place.seed)
 

@@ -90,7 +90,7 @@ class GRPO(ClippedPolicyGradient):
             )
         super().__init__(config, place, model=model)
         self.data = find_data(config.data, place, "prompts", data)
-        self.held_out = find_held_out(config, place, "prompts")
+        self.held_out = find_held_out(config, place, "prompts", data)
         spec = reward if reward is not None else (config.reward or self.data.verifier)
         if spec is None:
             raise PostgradError(
@@ -144,13 +144,14 @@ class GRPO(ClippedPolicyGradient):
         self, rows: list[dict[str, Any]], rollouts: Rollouts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        columns["completion_ids"] = [response.tolist() for response in rollouts.responses]
         with timed("reward"):
             total, terms = self.rewards([row["prompt"] for row in rows], rollouts.texts, columns)
         return torch.tensor(total), {name: torch.tensor(term) for name, term in terms.items()}
 
     def describe_batch(self, batch: Batch) -> Metrics:
-        spread = torch.stack([batch.reward[batch.group == g].std() for g in batch.group.unique()])
-        degenerate = float((spread == 0).float().mean())
+        groups = [batch.reward[batch.group == group] for group in batch.group.unique()]
+        degenerate = sum(bool((group == group[0]).all()) for group in groups) / len(groups)
         return {**super().describe_batch(batch), "reward/degenerate_groups": degenerate}
 
     def evaluate(self) -> Metrics:

@@ -1,0 +1,305 @@
+"""A causal language model as a policy: it renders prompts, scores and embeds, and saves itself."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.errors import PostgradError
+from postgrad.models.network import base_of, is_adapted
+from postgrad.models.probing import enable_sharing
+from postgrad.models.scoring import (
+    TokenScores,
+    embed_plain,
+    embed_shared,
+    score_plain,
+    score_shared,
+)
+
+Message = dict[str, str]
+
+_SHARED = "shared prefix"
+_UNLIMITED = 2**30
+
+
+class LanguagePolicy(nn.Module):
+    """A causal language model and its tokenizer.
+
+    The network stays in evaluation mode, so that a response has one probability and not one for
+    every dropout mask. Items are aligned lists of token ids on any device; equal prompts are
+    recognised and computed once.
+
+    Attributes:
+        network: the transformers model, with a peft adapter around it if there is one.
+        tokenizer: its tokenizer.
+        context_length: how many tokens prompt and response may have together.
+        sharing: "shared prefix", or "plain: " and the reason why prompts cannot be shared.
+        end_tokens: the ids that end a response.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.network = network.eval()
+        self.tokenizer = tokenizer
+        self.adapted = is_adapted(network)
+        obstacle = enable_sharing(network)
+        self.sharing = _SHARED if obstacle is None else f"plain: {obstacle}"
+        self.context_length = _context_length(base_of(network).config, tokenizer)
+        self.end_tokens = _end_tokens(base_of(network), tokenizer)
+        # kept in tuples, which are no submodules: neither trained nor saved in a checkpoint
+        self._frozen: tuple[nn.Module, ...] = ()
+        self._rounded: tuple[nn.Module, ...] = ()
+        self._in_reference = False
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.sharing == _SHARED
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def train(self, mode: bool = True) -> "LanguagePolicy":
+        """Like `nn.Module.train`, but the network stays in evaluation mode."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguagePolicy":
+        super()._apply(fn, recurse)
+        for frozen in self._frozen:
+            frozen._apply(fn, recurse)
+        self._rounded = ()
+        return self
+
+    # Text ------------------------------------------------------------------------------------
+
+    def render(self, prompt: str | list[Message]) -> Tensor:
+        """Token ids `[P]` of a prompt.
+
+        Messages go through the chat template, up to where the assistant's answer begins. A string
+        is tokenised as it is, with the special tokens that the tokenizer itself puts before text.
+
+        Raises:
+            PostgradError: the prompt is empty, or there are messages but no chat template.
+        """
+        if not prompt:
+            raise PostgradError("a prompt is empty: expected text or messages")
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt).input_ids
+            if ids and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]  # some tokenizers end every text; a prompt is to be continued
+        else:
+            if not self.has_chat_template:
+                raise PostgradError(
+                    "the prompt is a list of messages but the model has no chat template: "
+                    "use plain text prompts or a chat model"
+                )
+            ids = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=False
+            )
+        if not ids:
+            raise PostgradError("a prompt is empty: expected text or messages")
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def encode_response(self, text: str, end: bool = True) -> Tensor:
+        """Token ids `[L]` of a response, closed by the end token unless `end` is False."""
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if end:
+            if self.tokenizer.eos_token_id is None:
+                raise PostgradError("the model's tokenizer has no end token to close a response by")
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def decode(self, ids: Tensor) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    # Numbers ---------------------------------------------------------------------------------
+
+    def score(
+        self,
+        prompts: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> TokenScores:
+        """Log-probabilities (and entropies) of the tokens of responses after their prompts.
+
+        Args:
+            prompts: N of `[P]`, P ≥ 1.
+            responses: N of `[L]`; one without tokens has a row without True in the mask.
+            temperature: divides the logits.
+            entropy: whether the entropies of the predictions are wanted too.
+
+        Returns:
+            Tensors `[N, T]`, through which gradients flow to the trainable weights.
+
+        Raises:
+            PostgradError: prompt and response together exceed the model's context.
+        """
+        prompts, responses = self._checked(prompts, responses)
+        compute = score_shared if self.shares_prefixes else score_plain
+        return compute(self._network(), prompts, responses, temperature, entropy)
+
+    def embed(
+        self,
+        prompts: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        *,
+        skip: int | Sequence[int] = 0,
+    ) -> Tensor:
+        """Mean last hidden states `[N, d]` over a prompt's tokens from `skip` on and its response's.
+
+        The states are those after the final normalisation; the means are not normalised.
+        Responses may be empty. Gradients flow to the trainable weights.
+
+        Raises:
+            ValueError: an item has no token left to average over.
+            PostgradError: prompt and response together exceed the model's context.
+        """
+        prompts, responses = self._checked(prompts, responses)
+        skips = [skip] * len(prompts) if isinstance(skip, int) else list(skip)
+        if len(skips) != len(prompts):
+            raise ValueError(f"{len(prompts)} items need as many skips, got {len(skips)}")
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if not 0 <= skips[i] < len(prompt) + len(response):
+                raise ValueError(
+                    f"item {i} has {len(prompt) + len(response)} tokens and skips {skips[i]}: "
+                    "nothing is left to average over"
+                )
+        compute = embed_shared if self.shares_prefixes else embed_plain
+        return compute(self._network(), prompts, responses, skips)
+
+    def _checked(
+        self, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        if len(prompts) != len(responses) or not prompts:
+            raise ValueError(
+                f"prompts and responses must be aligned and not empty: {len(prompts)}, "
+                f"{len(responses)}"
+            )
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if len(prompt) == 0:
+                raise ValueError(f"the prompt of item {i} has no tokens")
+            if len(prompt) + len(response) > self.context_length:
+                raise PostgradError(
+                    f"item {i} has {len(prompt)} prompt and {len(response)} response tokens, more "
+                    f"than the model's context of {self.context_length}: shorten it"
+                )
+        device = self.device
+        return [p.to(device) for p in prompts], [r.to(device) for r in responses]
+
+    # Variants of the network -----------------------------------------------------------------
+
+    def _network(self) -> nn.Module:
+        return self._frozen[0] if self._in_reference and not self.adapted else self.network
+
+    def freeze_reference(self) -> None:
+        """Keep the present weights as the reference policy.
+
+        With an adapter nothing is copied: the reference is the network with the adapter off.
+        """
+        if not self.adapted:
+            self._frozen = (copy.deepcopy(self.network).requires_grad_(False),)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy scores, embeds and samples as the reference policy, without gradients.
+
+        Raises:
+            ValueError: full weights are trained and `freeze_reference` was never called.
+        """
+        if not self.adapted and not self._frozen:
+            raise ValueError(
+                "there is no reference policy: call freeze_reference() before training"
+            )
+        adapter_off = self.network.disable_adapter() if self.adapted else nullcontext()
+        self._in_reference = True
+        try:
+            with torch.no_grad(), adapter_off:
+                yield
+        finally:
+            self._in_reference = False
+
+    @contextmanager
+    def sampling_network(self) -> Iterator[nn.Module]:
+        """The network to sample from.
+
+        Under autocast, float32 matrices would be rounded again for every token. So a copy of the
+        network is used whose matrices are rounded once per call; all else it shares.
+        """
+        network = self._network()
+        device = self.device.type
+        if not torch.is_autocast_enabled(device) or not _has_float_matrices(network):
+            yield network
+            return
+        if not self._rounded or self._in_reference:
+            rounded = _sharing_copy(network)
+        else:
+            rounded = self._rounded[0]
+        _round_matrices(network, rounded, torch.get_autocast_dtype(device))
+        if not self._in_reference:
+            self._rounded = (rounded,)
+        yield rounded
+
+    def save(self, folder: str | Any) -> None:
+        """Write configuration, weights (safetensors), tokenizer and generation settings.
+
+        The folder loads with `AutoModelForCausalLM.from_pretrained`; an adapter is merged into the
+        weights of a copy.
+        """
+        network = self.network
+        if self.adapted:
+            network = copy.deepcopy(network).merge_and_unload()
+        network.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _context_length(config: Any, tokenizer: Any) -> int:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        length = getattr(config.get_text_config(decoder=True), name, None)
+        if isinstance(length, int):
+            return length
+    return min(tokenizer.model_max_length, _UNLIMITED)
+
+
+def _end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:
+    settings = getattr(base, "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    ends = set(named) if isinstance(named, list) else {named}
+    return frozenset(ends | {tokenizer.eos_token_id}) - {None}
+
+
+def _matrices(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose weight is multiplied with the tokens' states."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            yield module
+
+
+def _has_float_matrices(network: nn.Module) -> bool:
+    return any(module.weight.dtype == torch.float32 for module in _matrices(network))
+
+
+def _sharing_copy(network: nn.Module) -> nn.Module:
+    """A copy of the module tree around the same tensors."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+
+
+def _round_matrices(network: nn.Module, rounded: nn.Module, dtype: torch.dtype) -> None:
+    """Give the matrices of the copy the present values of the network's, in `dtype`."""
+    for source, target in zip(_matrices(network), _matrices(rounded), strict=True):
+        if target.weight is source.weight:
+            target.weight = nn.Parameter(source.weight.detach().to(dtype), requires_grad=False)
+        else:
+            target.weight.data.copy_(source.weight.detach())

@@ -1,0 +1,279 @@
+"""Reward functions by name, from the user's code, or both with weights; called and checked.
+
+A reward function is called as TRL's users know it, by keywords:
+
+    def score(prompts, completions, **columns) -> list[float]
+
+`prompts` are as in the data (text or messages), `completions` are always plain strings, and every
+other column of the data (`answer` …) is a list of the same length. A function may name just the
+ones it wants; methods add `completion_ids` (token ids of each completion). It returns one finite
+number per completion.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from postgrad.errors import PostgradError, unknown
+from postgrad.rewards.running import attempt, attempt_within
+from postgrad.rewards.verifiers import VERIFIERS
+
+RewardFunction = Callable[..., Any]
+# A name, `module:function` or `file.py:function`, each also with `*weight`; or a mapping with
+# `name`, perhaps `weight`, and settings of that function.
+RewardSpec = str | dict[str, Any]
+
+_WEIGHTED = re.compile(r"(.+?)\s*\*\s*([-+\w.]+)")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward function with its name and weight."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        try:
+            return inspect.signature(self.function).parameters
+        except (TypeError, ValueError) as error:
+            raise PostgradError(
+                f"reward {self.name!r}: a Python function is expected, and this has no signature"
+            ) from error
+
+    @property
+    def file(self) -> str | None:
+        """The file of the function's code, so that an error can name the line in it."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = inspect.unwrap(function)
+        code = getattr(function, "__code__", None)
+        if code is None:
+            code = getattr(type(function).__call__, "__code__", None)
+        return code.co_filename if code else None
+
+    def arguments(self, available: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """The keywords this function is called with; an error if it needs one that is not there."""
+        parameters = self.parameters
+        kinds = inspect.Parameter
+        for name, parameter in parameters.items():
+            variable = parameter.kind in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL)
+            if not variable and parameter.default is kinds.empty and name not in available:
+                columns = ", ".join(c for c in available if c not in ("prompts", "completions"))
+                raise PostgradError(
+                    f"reward {self.name!r} needs the column {name!r}; the data has the columns "
+                    f"{columns or 'prompt only'}"
+                )
+        if any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
+            return dict(available)
+        return {name: values for name, values in available.items() if name in parameters}
+
+
+class RewardSet:
+    """Several reward functions with weights, called together and checked at every call."""
+
+    def __init__(self, terms: Sequence[Term], time_limit: float = 60.0):
+        names = [term.name for term in terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise PostgradError(f"reward {name!r} is listed {names.count(name)} times")
+        self.terms = list(terms)
+        self.time_limit = time_limit
+
+    def __call__(
+        self, prompts: list[Any], completions: list[str], columns: Mapping[str, list[Any]]
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """The weighted sums `[N]`, and each function's own values `[N]` by its name.
+
+        Raises:
+            PostgradError: a function raised, did not return within the time limit, or returned
+                something else than one finite number per completion; or a column is missing.
+        """
+        available = {**columns, "prompts": prompts, "completions": completions}
+        terms = {term.name: self._values(term, available, len(completions)) for term in self.terms}
+        total = [
+            math.fsum(term.weight * terms[term.name][i] for term in self.terms)
+            for i in range(len(completions))
+        ]
+        return total, terms
+
+    def probe(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """Call every function on one example, twice in a batch, before any compute is spent.
+
+        The completion is the row's own `completion` or `answer` where it has one. Returns each
+        function's value for it.
+        """
+        own = next((row[c] for c in ("completion", "answer") if row.get(c) is not None), "")
+        columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
+        columns["completion_ids"] = [[0], [0]]
+        _, terms = self([row.get("prompt")] * 2, [str(own)] * 2, columns)
+        return {name: values[0] for name, values in terms.items()}
+
+    def _values(self, term: Term, available: Mapping[str, list[Any]], count: int) -> list[float]:
+        arguments = term.arguments(available)
+        returned = attempt_within(
+            self.time_limit,
+            lambda: term.function(**arguments),
+            f"reward {term.name!r}",
+            own_file=term.file,
+        )
+        return _checked(returned, count, f"reward {term.name!r}")
+
+
+def load_rewards(
+    specs: RewardSpec | RewardFunction | Sequence[RewardSpec | RewardFunction],
+    *,
+    time_limit: float = 60.0,
+) -> RewardSet:
+    """The rewards that `specs` name.
+
+    Args:
+        specs: one or several of: a verifier of the library (`numeric`), `module:function`,
+            `path/to/file.py:function`, each also as `name*0.5`; a mapping
+            `{"name": …, "weight": …, **settings}`, whose settings go to the verifier's maker or
+            with every call to the function; or, in Python, a function.
+        time_limit: seconds that one call of one function may take.
+
+    Raises:
+        PostgradError: unknown name, file, module, function or setting; code that fails on import.
+    """
+    several = [specs] if isinstance(specs, str | Mapping) or callable(specs) else list(specs)
+    if not several:
+        raise PostgradError("reward: no reward function given")
+    if not time_limit > 0:
+        raise PostgradError(f"reward: the time limit must be above 0 seconds, got {time_limit}")
+    return RewardSet([_term(spec) for spec in several], time_limit)
+
+
+def _term(spec: RewardSpec | RewardFunction) -> Term:
+    if callable(spec):
+        return Term(getattr(spec, "__name__", type(spec).__name__), spec)
+    if isinstance(spec, str):
+        weighted = _WEIGHTED.fullmatch(spec)
+        name, weight = (weighted[1], weighted[2]) if weighted else (spec, 1.0)
+        return Term(name, _function(name, {}), _weight(name, weight))
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise PostgradError(f"reward: expected a name or a mapping with a name, got {spec!r}")
+    settings = {key: value for key, value in spec.items() if key not in ("name", "weight")}
+    name = spec["name"]
+    return Term(name, _function(name, settings), _weight(name, spec.get("weight", 1.0)))
+
+
+def _weight(name: str, given: Any) -> float:
+    try:
+        weight = float(given)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise PostgradError(f"reward {name!r}: the weight must be a finite number, got {given!r}")
+    return weight
+
+
+def _function(name: str, settings: dict[str, Any]) -> RewardFunction:
+    if name in VERIFIERS:
+        maker = VERIFIERS[name]
+        parameters = inspect.signature(maker).parameters
+        _check_settings(name, settings, parameters)
+        for setting, parameter in parameters.items():
+            if parameter.default is inspect.Parameter.empty and setting not in settings:
+                raise PostgradError(f"reward {name!r} needs the setting {setting!r}")
+        return maker(**settings)
+    place, colon, attribute = name.rpartition(":")
+    if not colon or not place or not attribute:
+        options = (*VERIFIERS, "module:function", "file.py:function")
+        raise unknown("reward", name, options)
+    module = _import_file(name, place) if place.endswith(".py") else _import_module(name, place)
+    function: Any = getattr(module, attribute, None)
+    if function is None:
+        callables = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        raise unknown(f"function of {place}", attribute, callables)
+    if not callable(function):
+        raise PostgradError(
+            f"reward {name!r}: {attribute} is of type {type(function).__name__}, not a function"
+        )
+    if not settings:
+        return cast(RewardFunction, function)
+    _check_settings(name, settings, Term(name, function).parameters)
+    return functools.partial(function, **settings)
+
+
+def _check_settings(
+    name: str, settings: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for setting in settings:
+        if setting not in parameters:
+            raise unknown(f"setting of reward {name!r}:", setting, ("weight", *parameters))
+
+
+def _import_file(name: str, place: str) -> Any:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise PostgradError(f"reward {name!r}: no such file {place}")
+    _importable(path.parent)
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    if specification is None or specification.loader is None:
+        raise PostgradError(f"reward {name!r}: {place} is not a Python file")
+    module = importlib.util.module_from_spec(specification)
+    execute = functools.partial(specification.loader.exec_module, module)
+    attempt(execute, f"reward {name!r}: importing {place}", own_file=str(path))
+    return module
+
+
+def _import_module(name: str, place: str) -> Any:
+    _importable(Path.cwd())
+    top = place.partition(".")[0]
+    if not top or importlib.util.find_spec(top) is None:
+        raise PostgradError(f"reward {name!r}: no module {place} here or among those installed")
+    return attempt(lambda: importlib.import_module(place), f"reward {name!r}: importing {place}")
+
+
+def _importable(folder: Path) -> None:
+    """Let the user's code import what lies beside it, as `python file.py` would."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _checked(returned: Any, count: int, what: str) -> list[float]:
+    """One finite number per completion, or an error that says what came instead."""
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, list | tuple):
+        raise PostgradError(
+            f"{what} returned {_described(values)}, expected a list of {count} numbers"
+        )
+    if len(values) != count:
+        raise PostgradError(
+            f"{what} returned {len(values)} values for {count} completions, expected one each"
+        )
+    return [_number(value, i, what) for i, value in enumerate(values)]
+
+
+def _number(value: Any, position: int, what: str) -> float:
+    # Anything that says of itself that it is a number: int, bool, NumPy and torch scalars.
+    value = value.tolist() if hasattr(value, "tolist") else value
+    number = float(value) if hasattr(type(value), "__float__") else math.nan
+    if not math.isfinite(number):
+        raise PostgradError(
+            f"{what} returned {_described(value)} for completion {position + 1}, expected a "
+            "finite number"
+        )
+    return number
+
+
+def _described(value: Any) -> str:
+    if value is None or isinstance(value, float):
+        return str(value)
+    shown = repr(value)
+    return f"{shown if len(shown) <= 40 else shown[:39] + '…'} ({type(value).__name__})"
