@@ -430,5 +430,5 @@ def test_what_is_no_flow_pipeline_is_named(tmp_path: Path):
         diffusers_flow(pipeline, resolution=18, guidance=2.0)
     with pytest.raises(PostgradError, match=r"lora.targets: no linear layer .* called 'to_x'"):
         diffusers_flow(
-            pipeline, resolution=16, guidance=2.0, adapters=FlowAdapters(targets="to_q, to_x")
+            pipeline, resolution=16, guidance=2.0, adapters=FlowAdapters(targets=["to_q", "to_x"])
         )

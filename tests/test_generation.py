@@ -2,10 +2,10 @@
 
 import math
 
-import architectures
 import pytest
 import torch
 
+import architectures
 from postgrad.errors import PostgradError
 from postgrad.models.decoding import Decoder
 from postgrad.models.language import LoraSettings, load_policy

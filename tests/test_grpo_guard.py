@@ -302,11 +302,11 @@ def test_a_diffusers_pipeline_trains_and_its_adapters_are_saved(tmp_path: Path):
     (tmp_path / "prompts.csv").write_text("prompt\na cat\na dog\n", encoding="utf-8")
     run = api.train(
         "grpo-guard",
-        **settings_of(tmp_path / "sd3", data=str(tmp_path / "prompts.csv"), reward="ink", steps=2),
+        **settings_of(tmp_path / "sd3", data=str(tmp_path / "prompts.csv"), reward="ink"),
+        steps=2,
         resolution=16,
         guidance=2.0,
         lora={"rank": 2, "alpha": 4},
-        samples=2,
         evaluation_samples=2,
         token_budget=64,
         output=str(tmp_path / "run"),

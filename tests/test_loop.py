@@ -42,15 +42,13 @@ def make(path, settings, config=None, watcher=None):
 
 def run(path, settings, **more):
     loop = make(path, settings, **more)
-    loop.folder.open({}, -1)
-    return loop, loop.run()
+    return loop, loop.run({})
 
 
 def resumed(path, settings, **more):
     loop = make(path, settings, **more)
     loop.restore()
-    loop.folder.open({}, loop.step)
-    return loop, loop.run()
+    return loop, loop.run({})
 
 
 def untimed(path):
@@ -79,7 +77,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     whole, _ = run(tmp_path / "whole", settings)
 
     first = make(tmp_path / "parts", settings)
-    first.folder.open({}, -1)
+    first.folder.open({})
     first._evaluate()
     for _ in range(7):
         first._one_step()
@@ -106,9 +104,8 @@ def test_an_evaluation_leaves_no_trace_in_the_random_states(tmp_path):
 def test_a_non_finite_loss_stops_and_keeps_what_caused_it(tmp_path):
     settings = LoopSettings(steps=5, learning_rate=0.1, save_every=1)
     loop = make(tmp_path / "run", settings, RegressionSettings(bad_step=2))
-    loop.folder.open({}, -1)
     with pytest.raises(PostgradError, match=r"step 3: the loss is inf") as caught:
-        loop.run()
+        loop.run({})
     where = tmp_path / "run" / "failure" / "step-00000003"
     assert str(where) in str(caught.value)
     assert load_file(where / "batch.safetensors")["y"].isinf().any()
@@ -202,12 +199,12 @@ def test_a_torn_last_line_is_dropped_and_later_rows_are_cut(tmp_path):
     path = tmp_path / "run"
     folder = RunFolder(path)
     folder.create({"method": "regression"}, {})
-    folder.open({}, -1)
+    folder.open({})
     for step in (1, 2, 3):
         folder.metrics(step, {"loss": float(step)})
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    folder.open({}, 2)
+    folder.open({}, 2, {"metrics.jsonl": 2})
     folder.metrics(3, {"loss": 9.0})
     assert [row["loss"] for row in read_rows(path / "metrics.jsonl")] == [1.0, 2.0, 9.0]
 

@@ -77,7 +77,7 @@ def test_values_and_gradients_equal_the_full_softmax(with_bias, temperature, tra
 
 @pytest.mark.usefixtures("small_chunks")
 def test_gradient_without_entropy_and_with_a_frozen_weight():
-    hidden, weight, bias, targets = inputs()
+    hidden, weight, _, targets = inputs()
     expected, _ = full(hidden, weight.detach(), targets, None, 1.0, LogitTransform())
     actual, entropies = project_logprobs(hidden, weight.detach(), targets)
     assert entropies is None
@@ -104,10 +104,10 @@ def test_only_chunks_of_the_logits_are_ever_held(monkeypatch):
 
 def test_autocast_computes_in_bfloat16_and_sums_in_float32():
     hidden, weight, _, targets = inputs(torch.float32, tokens=64, width=32, vocabulary=500)
-    exact, exact_entropy = project_logprobs(hidden, weight, targets, entropy=True)
+    exact, _ = project_logprobs(hidden, weight, targets, entropy=True)
     with torch.autocast("cpu", torch.bfloat16):
-        rough, rough_entropy = project_logprobs(hidden, weight, targets, entropy=True)
-    assert rough.dtype == rough_entropy.dtype == torch.float32
+        rough, entropies = project_logprobs(hidden, weight, targets, entropy=True)
+    assert rough.dtype == entropies.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.2
     grads = [torch.autograd.grad(x.sum(), [hidden, weight]) for x in (rough, exact)]
     for one, other in zip(*grads, strict=True):

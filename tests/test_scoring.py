@@ -1,9 +1,9 @@
 """Shared-prefix scoring equals transformers' own padded forward, in values and gradients."""
 
-import architectures
 import pytest
 import torch
 
+import architectures
 from postgrad.errors import PostgradError
 from postgrad.models.embedded import tiny_tokenizer
 from postgrad.models.language import LanguagePolicy, LoraSettings, load_policy

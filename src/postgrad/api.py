@@ -125,8 +125,7 @@ def _start(
         trainer = Loop(method, loop, folder, watcher)
         if resumed:
             trainer.restore()
-        folder.open(settings, trainer.step if resumed else -1)
-        finished = trainer.run()
+        finished = trainer.run(settings)
         method.save(path / "model")
         if loop.report:
             from postgrad.reports.run import write_run_report

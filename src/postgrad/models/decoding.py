@@ -219,6 +219,6 @@ def _to_grid(rows: Tensor, group: _Group, prompts: int) -> Tensor:
 
 
 def _to_rows(grid: Tensor, group: _Group, repeats: int) -> Tensor:
-    """The rows `[n, key heads, repeats, d]` of a grid `[prompts, key heads, width · repeats, d]`."""
+    """Rows `[n, key heads, repeats, d]` of a grid `[prompts, key heads, width · repeats, d]`."""
     rows = grid.unflatten(2, (group.width, repeats)).transpose(1, 2).flatten(0, 1)
     return rows if group.full else rows[group.slots]

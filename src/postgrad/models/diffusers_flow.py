@@ -24,12 +24,11 @@ _ENCODED_PROMPTS = 256
 
 @dataclass(frozen=True)
 class FlowAdapters:
-    """Low-rank adapters on the transformer; `targets` is "all-linear" or names split by commas."""
+    """Low-rank adapters on the transformer; `targets` is "all-linear" or names of linear layers."""
 
     rank: int = 32
     alpha: float = 64.0
-    dropout: float = 0.0
-    targets: str = "all-linear"
+    targets: str | Sequence[str] = "all-linear"
 
 
 class DiffusersFlow(FlowPolicy):
@@ -291,18 +290,16 @@ def _add_adapters(network: Any, adapters: FlowAdapters) -> None:
     except ImportError as error:
         raise MissingExtra("peft", "lora") from error
     linear = [name for name, part in network.named_modules() if isinstance(part, torch.nn.Linear)]
-    targets = [word.strip() for word in adapters.targets.split(",")]
+    named = [adapters.targets] if isinstance(adapters.targets, str) else list(adapters.targets)
+    targets = linear if named == ["all-linear"] else named
     for target in targets:
-        if target != "all-linear" and not any(
-            name == target or name.endswith(f".{target}") for name in linear
-        ):
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
             raise PostgradError(f"lora.targets: no linear layer of this model is called {target!r}")
     network.add_adapter(
         LoraConfig(
             r=adapters.rank,
             lora_alpha=adapters.alpha,
-            lora_dropout=adapters.dropout,
             init_lora_weights="gaussian",
-            target_modules=linear if targets == ["all-linear"] else targets,
+            target_modules=targets,
         )
     )

@@ -171,7 +171,7 @@ class Pretraining:
 
     width: int = 128
     blocks: int = 3
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 256
     learning_rate: float = 2e-3
 
@@ -202,7 +202,7 @@ def digits_images() -> tuple[Tensor, Tensor]:
 
 
 def digits_flow(seed: int = 0, pretraining: Pretraining | None = None) -> ClassFlow:
-    """A class flow pretrained on the digits, from the cache or made now (in about 20 seconds)."""
+    """A class flow pretrained on the digits, from the cache or made now (in about 15 seconds)."""
     pretraining = pretraining or Pretraining()
     key = {"seed": seed, **asdict(pretraining), "postgrad": version("postgrad")}
     folder = cached_folder("digits-flow", key, lambda path: _pretrain(seed, pretraining, path))

@@ -41,7 +41,7 @@ class Block:
         return part.unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2)
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """The block's part of the row, `[stop - start, heads, d]`, from `[n, heads, longest, d]`."""
+        """The block's part `[stop - start, heads, d]` of the row, from `[n, heads, longest, d]`."""
         flat = padded.transpose(1, 2).flatten(0, 1)
         if self.uniform:
             return flat

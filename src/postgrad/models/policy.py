@@ -157,7 +157,7 @@ class LanguagePolicy(nn.Module):
         *,
         skip: int | Sequence[int] = 0,
     ) -> Tensor:
-        """Mean last hidden states `[N, d]` over a prompt's tokens from `skip` on and its response's.
+        """Mean last hidden states `[N, d]` of prompts' tokens from `skip` on and of responses'.
 
         The states are those after the final normalisation; the means are not normalised.
         Responses may be empty. Gradients flow to the trainable weights.

@@ -43,7 +43,7 @@ def enable_sharing(network: nn.Module) -> str | None:
             witness = _Witness(sequences)
             actual = _shared_logits(base, witness)
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, KeyError) as problem:
-            # an architecture can refuse a packed row in any of these ways; each means the plain path
+            # an architecture can refuse a packed row in any of these ways: it takes the plain path
             base.set_attn_implementation(own)
             return str(problem).splitlines()[0]
     reason = witness.wrong_windows(base.config.get_text_config(decoder=True))

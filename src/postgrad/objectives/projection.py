@@ -69,7 +69,8 @@ def project_logprobs(
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden [M, d] and weight [V, d] do not fit: {list(hidden.shape)}, {list(weight.shape)}"
+            "hidden [M, d] and weight [V, d] do not fit: "
+            f"{list(hidden.shape)}, {list(weight.shape)}"
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be [{hidden.shape[0]}], got {list(targets.shape)}")

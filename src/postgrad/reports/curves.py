@@ -37,15 +37,32 @@ def thin(points: Sequence[Point], limit: int = 400) -> list[Point]:
     return kept
 
 
+def is_noisy(points: Sequence[Point]) -> bool:
+    """Whether the curve turns at more than a third of its points (pure noise: at two thirds)."""
+    changes = [right[1] - left[1] for left, right in pairwise(points)]
+    turns = sum(before * after < 0 for before, after in pairwise(changes))
+    return turns > len(points) / 3
+
+
 def smooth(points: Sequence[Point], half_life: float) -> list[Point]:
-    """Exponential moving average of the values, its start corrected; `half_life` in points."""
+    """Values averaged with weights that halve every `half_life` points to both sides."""
     decay = 0.5 ** (1.0 / half_life)
+    values = [y for _, y in points]
+    before, after = _decayed(values, decay), _decayed(values[::-1], decay)[::-1]
+    return [
+        (x, (b[0] + a[0] - y) / (b[1] + a[1] - 1.0))
+        for (x, y), b, a in zip(points, before, after, strict=True)
+    ]
+
+
+def _decayed(values: Sequence[float], decay: float) -> list[tuple[float, float]]:
+    """Running sums of the values and of their weights, both fading by `decay` a point."""
     total = weight = 0.0
-    averaged = []
-    for x, y in points:
-        total, weight = decay * total + y, decay * weight + 1.0
-        averaged.append((x, total / weight))
-    return averaged
+    sums = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1.0
+        sums.append((total, weight))
+    return sums
 
 
 def is_function(points: Sequence[Point]) -> bool:

@@ -63,7 +63,9 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _tick(value: float, step: float) -> str:
-    if value and (abs(value) >= 1e5 or step < 1e-4):
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e5 or step < 1e-4:
         return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:,.{decimals}f}".replace("-", "−")
@@ -97,9 +99,7 @@ class _Frame:
 
     def py(self, value: float) -> float:
         low, high = self.y
-        return self.height - _BOTTOM - (value - low) / (high - low) * (
-            self.height - _TOP - _BOTTOM
-        )
+        return self.height - _BOTTOM - (value - low) / (high - low) * (self.height - _TOP - _BOTTOM)
 
     def path(self, points: Sequence[Point]) -> str:
         return "M" + "L".join(f"{self.px(x):.1f} {self.py(y):.1f}" for x, y in points)
@@ -152,9 +152,7 @@ def _figure(title: str, legend: Sequence[tuple[str, int]], svg: Markup, note: st
         Markup('<span class="key s{}">{}</span>').format(colour % COLOURS, name)
         for name, colour in legend
     )
-    return Markup(
-        '<figure class="figure"><figcaption>{}</figcaption>{}{}{}</figure>'
-    ).format(
+    return Markup('<figure class="figure"><figcaption>{}</figcaption>{}{}{}</figure>').format(
         title,
         Markup('<div class="legend">{}</div>').format(keys) if legend else "",
         svg,
@@ -221,9 +219,7 @@ def stacked_chart(
     bands: list[list[Band]] = []
     for _, points in layers:
         top = [low + y for low, (_, y) in zip(floor, points, strict=True)]
-        bands.append(
-            [(x, low, high) for (x, _), low, high in zip(points, floor, top, strict=True)]
-        )
+        bands.append([(x, low, high) for (x, _), low, high in zip(points, floor, top, strict=True)])
         floor = top
     xs = [x for x, _ in layers[0][1]]
     frame = _Frame(_range(xs), (0.0, max(floor) * 1.06 or 1.0), width, height)
@@ -298,7 +294,9 @@ def whisker_chart(
 def _whisker_row(frame: _Frame, row: Whisker, top: float) -> str:
     line = top + 26
     name = Markup('<text class="row" x="4" y="{}">{}</text>').format(top + 13, row.name)
-    value = f'<text class="row value" x="{frame.width - 4}" y="{top + 13}">{number(row.mean)}</text>'
+    value = (
+        f'<text class="row value" x="{frame.width - 4}" y="{top + 13}">{number(row.mean)}</text>'
+    )
     marks = []
     if math.isfinite(row.low) and math.isfinite(row.high):
         left, right = frame.px(row.low), frame.px(row.high)

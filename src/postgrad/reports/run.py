@@ -12,7 +12,7 @@ from markupsafe import Markup
 from postgrad.catalogue import entries
 from postgrad.config import LoopSettings, flat, read_yaml
 from postgrad.errors import PostgradError
-from postgrad.reports.curves import Point, points_by_name, smooth, thin
+from postgrad.reports.curves import Point, finite, is_noisy, points_by_name, smooth, thin
 from postgrad.reports.figures import Series, line_chart, number, sparkline, stacked_chart
 from postgrad.reports.page import duration, render_page, write_page
 from postgrad.reports.samples import browser
@@ -21,6 +21,7 @@ from postgrad.training.record import CONFIG, METRICS, RUN, SAMPLES, is_run, read
 REPORT = "report.html"
 # from this many points on a curve is drawn smoothed, with the values themselves pale behind it
 _SMOOTHED = 24
+_LEADING = ("reward", "loss")
 
 
 def write_run_report(folder: str | Path) -> Path:
@@ -46,7 +47,8 @@ def write_run_report(folder: str | Path) -> Path:
         about=paper_facts(run["method"]),
         facts=_facts(config, run, curves),
         **_evaluation_table(evaluations),
-        groups=_groups(curves, evaluations),
+        groups=_groups(curves),
+        watched=[_curve(name, points) for name, points in evaluations.items() if len(points) > 2],
         time=_time(curves),
         samples=browser(read_rows(folder / SAMPLES)),
         settings=_settings(config),
@@ -77,7 +79,9 @@ def _facts(
     done = int(max((points[-1][0] for points in curves.values()), default=0))
     steps = f"{done:,}" if done == config["steps"] else f"{done:,} of {config['steps']:,}"
     started = datetime.strptime(run["started"], "%Y-%m-%dT%H:%M:%S%z")
-    asked = [(key, config[key]) for key in ("model", "data", "environment", "reward") if key in config]
+    asked = [
+        (key, config[key]) for key in ("model", "data", "environment", "reward") if key in config
+    ]
     facts = [(key.capitalize(), _named(value)) for key, value in asked if value]
     facts += [("Steps", steps), ("Seed", str(config["seed"]))]
     if "time/step" in curves:
@@ -120,41 +124,32 @@ def _evaluation_table(evaluations: Mapping[str, Sequence[Point]]) -> dict[str, A
     }
 
 
-def _groups(
-    curves: Mapping[str, Sequence[Point]], evaluations: Mapping[str, Sequence[Point]]
-) -> list[dict[str, Any]]:
-    """The figures of all metrics but time: evaluations, then by prefix, single ones together."""
+def _groups(curves: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
+    """The figures of training metrics by prefix; prefixes with one metric go together."""
     by_prefix: dict[str, list[str]] = {}
     for name in curves:
         prefix = _prefix(name)
         if prefix not in ("evaluation", "time", "throughput"):
             by_prefix.setdefault(prefix, []).append(name)
-    single = {prefix for prefix, names in by_prefix.items() if len(names) == 1}
-    order = {"reward": 0, "loss": 1, "": 3}
-    together = [
-        name
-        for prefix in sorted(by_prefix, key=lambda prefix: order.get(prefix, 2))
-        if prefix in single or prefix == ""
-        for name in by_prefix[prefix]
+    together = by_prefix.pop("", [])
+    for prefix in [prefix for prefix, names in by_prefix.items() if len(names) == 1]:
+        single = by_prefix.pop(prefix)
+        together = single + together if prefix in _LEADING else together + single
+    order = [*_LEADING, "training", *sorted(by_prefix.keys() - set(_LEADING))]
+    groups = {**by_prefix, "training": together}
+    return [
+        {
+            "id": f"metrics-{prefix}",
+            "name": prefix.replace("_", " ").capitalize(),
+            "figures": [_curve(name.removeprefix(f"{prefix}/"), curves[name]) for name in names],
+        }
+        for prefix in order
+        if (names := groups.get(prefix))
     ]
-    groups = []
-    watched = [_curve(name, points) for name, points in evaluations.items() if len(points) > 2]
-    if watched:
-        groups.append({"id": "held-out", "name": "Held-out curves", "figures": watched})
-    if together:
-        figures = [_curve(name, curves[name]) for name in together]
-        groups.append({"id": "training", "name": "Training", "figures": figures})
-    for prefix in sorted(by_prefix.keys() - single - {""}, key=lambda p: (order.get(p, 2), p)):
-        figures = [
-            _curve(name.removeprefix(f"{prefix}/"), curves[name]) for name in by_prefix[prefix]
-        ]
-        title = prefix.replace("_", " ").capitalize()
-        groups.append({"id": f"metrics-{prefix}", "name": title, "figures": figures})
-    return groups
 
 
 def _prefix(name: str) -> str:
-    for word in ("reward", "loss"):
+    for word in _LEADING:
         if name == word or name.startswith((f"{word}/", f"{word}_")):
             return word
     return name.split("/")[0] if "/" in name else ""
@@ -162,11 +157,13 @@ def _prefix(name: str) -> str:
 
 def _curve(name: str, points: Sequence[Point]) -> Markup:
     title = name.replace("_", " ").replace("/", " / ")
-    if len(points) < _SMOOTHED:
-        return line_chart(title, [Series(title, points)])
-    finite_only = [p for p in points if abs(p[1]) < float("inf")]
-    smoothed = thin(smooth(finite_only, half_life=len(points) / 20), 300)
-    return line_chart(title, [Series(title, smoothed, raw=thin(points))])
+    known = finite(points)
+    odd = len(points) - len(known)
+    note = f"{odd} values that are not finite are left out." if odd else ""
+    if len(known) < _SMOOTHED or not is_noisy(known):
+        return line_chart(title, [Series(title, thin(known))], note=note)
+    smoothed = thin(smooth(known, half_life=len(known) / 40), 300)
+    return line_chart(title, [Series(title, smoothed, raw=thin(known))], note=note)
 
 
 def _time(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any] | None:

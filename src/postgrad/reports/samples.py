@@ -8,7 +8,7 @@ from typing import Any
 from postgrad.reports.page import plain_json
 
 # a report stays a page that opens at once
-_LARGEST = 8_000_000
+_LARGEST = 4_000_000
 _PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 _FIRST = {"prompt": 0, "response": 1}
 
@@ -54,9 +54,11 @@ def sample(row: Mapping[str, Any]) -> dict[str, Any]:
         other = fields.get(f"{stem}_after")
         if stem != name and isinstance(value, str) and isinstance(other, str):
             shown["pairs"].append([stem, value, other])
-        elif name.endswith("_after") and isinstance(
-            fields.get(f"{name.removesuffix('_after')}_before"), str
-        ) and isinstance(value, str):
+        elif (
+            name.endswith("_after")
+            and isinstance(fields.get(f"{name.removesuffix('_after')}_before"), str)
+            and isinstance(value, str)
+        ):
             continue
         elif isinstance(value, (bool, int, float)):
             shown["numbers"].append([name, plain_json(value)])

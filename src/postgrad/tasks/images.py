@@ -44,7 +44,8 @@ class ImageOptions:
     - `head`: class c keeps at most `head * decay**c` training images; None: four fifths of it.
     - `decay`: 1 keeps the classes balanced, less makes a long tail.
     - `split_seed`: which images fall into which split.
-    - `size`: images of a folder are scaled to squares of so many pixels.
+    - `size`: images are squares of so many pixels. Those of a folder are scaled to it; a digit
+      (8 x 8) stands at a random place of it.
     - `colour`: images of a folder keep their three channels.
     """
 
@@ -75,7 +76,7 @@ class ImageOptions:
             raise PostgradError(f"data.settings.size: expected at least 8, got {self.size}")
 
 
-LONG_TAILED = {"head": 150, "decay": 0.7}
+_DIGITS = {"head": 150, "decay": 0.7, "size": 8}
 
 
 def is_images(name: str) -> bool:
@@ -95,14 +96,14 @@ def load_images(
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    defaults = LONG_TAILED if name == "digits" else {}
+    defaults = _DIGITS if name == "digits" else {}
     chosen = {**defaults, **(settings or {})}
     known = ImageOptions.__dataclass_fields__
     for key in chosen:
         if key not in known:
             raise unknown("key", f"data.settings.{key}", [f"data.settings.{k}" for k in known])
     options = ImageOptions(**chosen)
-    pixels, labels, classes = _digits() if name == "digits" else _folder(Path(name), options)
+    pixels, labels, classes = _digits(options) if name == "digits" else _folder(Path(name), options)
     index = _split(labels, classes, options)[split]
     return Images(name, pixels[index], labels[index], classes)
 
@@ -130,13 +131,19 @@ def _split(
     return {split: numpy.sort(numpy.concatenate(parts[split])) for split in SPLITS}
 
 
-def _digits() -> tuple[numpy.ndarray, numpy.ndarray, tuple[str, ...]]:
+def _digits(options: ImageOptions) -> tuple[numpy.ndarray, numpy.ndarray, tuple[str, ...]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingExtra("scikit-learn", "representation") from error
     found = load_digits()
-    pixels = (found.images[:, None] / 16).astype(numpy.float32)
+    room = options.size - found.images.shape[-1]
+    places = numpy.random.default_rng(options.split_seed).integers(
+        0, room + 1, (2, len(found.images))
+    )
+    pixels = numpy.zeros((len(found.images), 1, options.size, options.size), numpy.float32)
+    for image, digit, y, x in zip(pixels, found.images, *places, strict=True):
+        image[0, y : y + len(digit), x : x + len(digit)] = digit / 16
     return pixels, found.target.astype(numpy.int64), tuple(map(str, found.target_names))
 
 

@@ -51,9 +51,11 @@ class Loop:
         self.folder = folder
         self.watcher = watcher
         self.step = 0
+        self.rows: dict[str, int] = {}
         self.optimise = Optimisers(method.modules(), settings, method.place.device)
         self._stop = EarlyStop(settings)
         self._evaluation: Metrics = {}
+        self._evaluated: int | None = None  # the step of the last evaluation
         self._stop_asked = False
 
     def restore(self) -> None:
@@ -63,17 +65,20 @@ class Loop:
             self.watcher.say(f"{self.folder.path} has no checkpoint yet: starting from step 0")
             return
         self.step, state = found
+        self.rows = state["rows"]
         for name, module in self.method.modules().items():
             load_module_state(module, state["modules"][name])
         self.optimise.load_state_dict(state["optimisers"])
         self.method.load_state_dict(state["method"])
         self._stop.load_state_dict(state["early_stop"])
-        self._evaluation = state["evaluation"]
+        self._evaluation, self._evaluated = state["evaluation"], state["evaluated"]
         restore_random_states(state["random"])
 
-    def run(self) -> Finished:
+    def run(self, config: dict[str, Any]) -> Finished:
+        """Train from the present step to the end; `config` is what trackers show of the run."""
+        self.folder.open(config, self.step, self.rows)
         with self._signals():
-            if self.step == 0:
+            if self._evaluated is None:
                 self._evaluate()
             while self.step < self.settings.steps and not self._stop_asked:
                 self._one_step()
@@ -85,7 +90,7 @@ class Loop:
                     break
                 if self._due(self.settings.save_every):
                     self.save()
-            if not self._stop_asked and not self._due(self.settings.evaluate_every):
+            if not self._stop_asked and self._evaluated != self.step:
                 self._evaluate()
             self.save()
         return Finished(self.step, self._evaluation, self._stop_asked)
@@ -140,7 +145,7 @@ class Loop:
             self.folder.samples(self.step, self.method.evaluation_samples())
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.watcher.say(f"evaluation after step {self.step}: {shown}")
-        self._evaluation = metrics
+        self._evaluation, self._evaluated = metrics, self.step
         return metrics
 
     def save(self) -> None:
@@ -155,6 +160,8 @@ class Loop:
                     "method": self.method.state_dict(),
                     "early_stop": self._stop.state_dict(),
                     "evaluation": self._evaluation,
+                    "evaluated": self._evaluated,
+                    "rows": self.folder.rows,
                     "random": random_states(),
                 },
                 self.settings.keep_checkpoints,

@@ -27,13 +27,14 @@ def is_run(folder: Path) -> bool:
 
 
 class RunFolder:
-    """What a run leaves behind. Opened with `start_step` > 0 it drops rows of later steps first."""
+    """What a run leaves behind: rows are appended, and cut back to a checkpoint's on resume."""
 
     def __init__(self, path: Path, *, trackers: Iterable[str] = (), name: str = "postgrad"):
         self.path = path
         self._tracker_names = list(trackers)
         self._name = name
         self._trackers: list[Any] = []
+        self.rows = {METRICS: 0, SAMPLES: 0}
 
     def create(self, config: dict[str, Any], run: dict[str, Any]) -> None:
         """Make the folder with its configuration; it must not hold another run."""
@@ -52,17 +53,18 @@ class RunFolder:
                 f"cannot write the run folder {self.path}: {error.strerror}"
             ) from error
 
-    def open(self, config: dict[str, Any], start_step: int) -> None:
-        """Be ready to append after `start_step`; rows of later steps are dropped."""
-        for name in (METRICS, SAMPLES):
+    def open(self, config: dict[str, Any], step: int = 0, rows: dict[str, int] | None = None) -> None:
+        """Be ready to append after `step`, keeping as many `rows` of each file as were there then."""
+        self.rows = {METRICS: 0, SAMPLES: 0} | (rows or {})
+        for name, count in self.rows.items():
             path = self.path / name
-            rows = [row for row in read_rows(path) if row["step"] <= start_step]
             temporary = path.with_suffix(".rewriting")
-            temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+            kept = read_rows(path)[:count]
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
             temporary.replace(path)
         make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
         self._trackers = [
-            make[tracker](self.path, self._name, config, start_step)
+            make[tracker](self.path, self._name, config, step)
             for tracker in self._tracker_names
         ]
 
@@ -80,6 +82,7 @@ class RunFolder:
                 file.write("".join(map(_line, rows)))
         except OSError as error:
             raise PostgradError(f"cannot write {self.path / name}: {error.strerror}") from error
+        self.rows[name] += len(rows)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -98,12 +101,12 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _tensorboard(path: Path, name: str, config: dict[str, Any], start_step: int) -> Any:
+def _tensorboard(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingExtra("tensorboard", "tensorboard") from error
-    writer = SummaryWriter(str(path / "events"), purge_step=start_step + 1)
+    writer = SummaryWriter(str(path / "events"), purge_step=step + 1)
 
     def track(step: int | None, values: dict[str, float]) -> None:
         if step is None:
@@ -114,7 +117,7 @@ def _tensorboard(path: Path, name: str, config: dict[str, Any], start_step: int)
     return track
 
 
-def _wandb(path: Path, name: str, config: dict[str, Any], start_step: int) -> Any:
+def _wandb(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -125,7 +128,7 @@ def _wandb(path: Path, name: str, config: dict[str, Any], start_step: int) -> An
     return lambda step, values: run.finish() if step is None else run.log(values, step=step)
 
 
-def _trackio(path: Path, name: str, config: dict[str, Any], start_step: int) -> Any:
+def _trackio(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
     try:
         import trackio
     except ImportError as error:

@@ -146,9 +146,9 @@ class FlowPolicyGradient(Method):
         return {"policy": self.policy}
 
     def check(self) -> None:
-        row = self.rows[0]
-        image = torch.zeros(1, *self.policy.latent_shape, device=self.place.device)
-        self._score([row], self.policy.decode(image))
+        # two of one image, so that one value for the whole batch does not pass for one an image
+        latents = torch.zeros(2, *self.policy.latent_shape, device=self.place.device)
+        self._score([self.rows[0]] * 2, self.policy.decode(latents))
 
     def collect(self, step: int) -> Batch:
         config = self.config
@@ -298,7 +298,7 @@ class FlowPolicyGradient(Method):
                 ]
             )
         totals, _ = self._score(rows, images)
-        groups = images.view(len(self.held_out), samples, -1)
+        groups = images.reshape(len(self.held_out), samples, -1)
         # the mean square distance of two of n is twice their variance with n - 1
         diversity = (2 * groups.var(1)).mean().sqrt()
         return {"reward": sum(totals) / len(totals), "diversity": float(diversity)}
@@ -366,7 +366,7 @@ def find_flow(config: FlowSettings, place: Place, model: FlowPolicy | None = Non
         guidance=config.guidance,
         adapters=None
         if config.tune == "full"
-        else FlowAdapters(lora.rank, lora.alpha, lora.dropout, lora.targets),
+        else FlowAdapters(lora.rank, lora.alpha, lora.targets),
         precision=config.frozen_precision,
         device=place.device,
         trust_remote_code=config.trust_remote_code,

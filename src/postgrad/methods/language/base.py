@@ -1,5 +1,6 @@
 """What the language methods share: their settings, and how a policy and its data are found."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,9 @@ class DataSettings(Settings):
     columns: dict[str, str] = setting({}, "our column name: the name in the data")
     settings: dict[str, Any] = setting({}, "settings of an embedded task, e.g. its difficulty")
     limit: int | None = setting(None, "use only so many rows", gt=0)
+    chat: bool | None = setting(
+        None, "wrap plain prompts as a user's turn; empty: embedded tasks yes, own data no"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -93,9 +97,12 @@ def find_policy(
 
 
 def find_data(
-    config: DataSettings, place: Place, needed: str, rows: Examples | list[dict[str, Any]] | None
+    config: DataSettings,
+    place: Place,
+    needed: str | tuple[str, ...],
+    rows: Examples | list[dict[str, Any]] | None,
 ) -> Examples:
-    """The examples that `config` names in the `needed` format, or those passed from Python."""
+    """The examples that `config` names, or those passed from Python, in (one of) the formats."""
     if isinstance(rows, list):
         rows = Examples.from_rows(rows, columns=config.columns)
     examples = rows or load(
@@ -106,7 +113,9 @@ def find_data(
         settings=config.settings,
         seed=place.seed,
     )
-    return examples.require(needed).first(config.limit)
+    formats = (needed,) if isinstance(needed, str) else needed
+    found = examples.require(*formats).first(config.limit)
+    return found if config.chat is None else replace(found, chat=config.chat)
 
 
 def find_held_out(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import setting
+from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
 from postgrad.methods.language.base import LanguageSettings, RolloutSettings, find_policy, pad
 from postgrad.models.language import LanguagePolicy
@@ -63,6 +64,11 @@ class ClippedPolicyGradient(Method):
         model: LanguagePolicy | None = None,
     ):
         super().__init__(config, place)
+        if config.minibatches > config.batch_size:
+            raise PostgradError(
+                f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
+                f"batch_size of {config.batch_size}: at most one step a prompt"
+            )
         self.policy = find_policy(config, place, model)
         if config.kl_coefficient > 0:
             self.policy.freeze_reference()
@@ -112,7 +118,7 @@ class ClippedPolicyGradient(Method):
         for epoch in range(self.config.epochs):
             random = generator(self.place.seed, "minibatches", int(batch.step[0]), epoch)
             order = groups[torch.randperm(len(groups), generator=random)]
-            for part in order.chunk(self.config.minibatches):
+            for part in order.tensor_split(min(self.config.minibatches, len(order))):
                 yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:

@@ -48,8 +48,8 @@
       const value = row.advantages[i];
       const word = element("span", "", token);
       if (typeof value === "number" && value !== 0) {
-        const strength = (0.08 + 0.52 * Math.abs(value) / largest).toFixed(3);
-        word.style.background = `rgb(var(--${value > 0 ? "plus" : "minus"}) / ${strength})`;
+        const strength = (8 + 52 * Math.abs(value) / largest).toFixed(0);
+        word.style.background = `color-mix(in srgb, var(--${value > 0 ? "plus" : "minus"}) ${strength}%, transparent)`;
       }
       word.title = `advantage ${number(value)}`;
       word.addEventListener("pointerenter", () => {

@@ -25,6 +25,8 @@ from postgrad.sampling.epochs import Epochs
 from postgrad.tasks import Examples
 from postgrad.timing import timed
 
+SCORING_TOKENS = 16384  # in one forward pass without gradients
+
 
 class PairwiseSettings(LanguageSettings):
     """Settings of the pairwise preference methods."""
@@ -72,6 +74,11 @@ class Pairs:
         )
 
 
+def accuracy(delta: Tensor) -> float:
+    """The share of margins `[B]` above 0. One of exactly 0, as at the reference, counts half."""
+    return float((0.5 * (delta.sign() + 1)).mean())
+
+
 class PairwisePreference(Method):
     """Learns from pairs; a subclass fills `pair_loss`, a function of the margin.
 
@@ -97,7 +104,7 @@ class PairwisePreference(Method):
         if eval_data is not None:
             held_out: Examples | None = find_data(config.data, place, "preferences", eval_data)
         else:
-            held_out = find_held_out(config, place, "preferences")
+            held_out = find_held_out(config, place, "preferences", data)
         self.held_out = (
             Pairs(self.policy, held_out.first(config.eval_size), config) if held_out else None
         )
@@ -119,8 +126,9 @@ class PairwisePreference(Method):
         unknown = index[pairs.reference[index].isnan().any(1)]
         if len(unknown):
             with timed("scoring"), torch.no_grad(), self.policy.reference():
-                known = torch.stack(self._logprobs(pairs.batch(unknown)), dim=1)
-            pairs.reference[unknown] = known.float().cpu()
+                for part in pairs.batch(unknown).split(SCORING_TOKENS):
+                    known = torch.stack(self._logprobs(part), dim=1)
+                    pairs.reference[part.index] = known.float().cpu()
 
     def _logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sequence log-probabilities `[B]` of the chosen and of the rejected responses."""
@@ -139,7 +147,7 @@ class PairwisePreference(Method):
             "rewards/chosen": float(rewards[0].mean()),
             "rewards/rejected": float(rewards[1].mean()),
             "rewards/margin": float((rewards[0] - rewards[1]).mean()),
-            "rewards/accuracy": float((rewards[0] > rewards[1]).float().mean()),
+            "rewards/accuracy": accuracy(delta.detach()),
             "logprobs/chosen": float(likely[0].mean()),
             "logprobs/rejected": float(likely[1].mean()),
         }
@@ -151,14 +159,12 @@ class PairwisePreference(Method):
         pairs = self.held_out
         self._know_reference(pairs, torch.arange(len(pairs)))
         deltas = []
-        for part in pairs.batch(torch.arange(len(pairs))).split(16384):
+        for part in pairs.batch(torch.arange(len(pairs))).split(SCORING_TOKENS):
             won, lost = self._logprobs(part)
             deltas.append(margin(won.cpu(), lost.cpu(), *part.reference.unbind(1)))
         delta = torch.cat(deltas).float()
-        # at the reference every margin is exactly 0: a tie, neither right nor wrong
-        accuracy = (delta > 0).float() + 0.5 * (delta == 0).float()
         return {
-            "accuracy": float(accuracy.mean()),
+            "accuracy": accuracy(delta),
             "margin": float(self.config.beta * delta.mean()),
             "loss": float(self.pair_loss(delta).mean()),
         }

@@ -1,6 +1,7 @@
 """Provably Robust DPO."""
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from postgrad.config import setting
@@ -13,15 +14,22 @@ class RobustDPOSettings(PairwiseSettings):
 
     flip_rate: float = setting(
         0.1,
-        "assumed probability that a label is flipped; below 0.5, where the correction's "
-        "denominator 1 - 2 flip_rate is positive",
-        ge=0,
-        lt=0.5,
+        "assumed probability that a label is flipped, in [0, 0.5)",
         source="TRL, quoting the paper",
     )
     largest_margin: float | None = setting(
         None, "cap on |beta Delta|, since the loss is unbounded below", gt=0
     )
+
+    @field_validator("flip_rate")
+    @classmethod
+    def _correctable(cls, value: float) -> float:
+        if not 0 <= value < 0.5:
+            raise ValueError(
+                "flip_rate: must lie in [0, 0.5), where the denominator 1 - 2 flip_rate of the "
+                f"correction is positive (at 0.5 labels say nothing), got {value}"
+            )
+        return value
 
 
 class RobustDPO(PairwisePreference):

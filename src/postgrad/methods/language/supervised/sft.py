@@ -21,6 +21,8 @@ from postgrad.models.language import LanguagePolicy
 from postgrad.sampling.epochs import Epochs
 from postgrad.tasks import Examples
 
+FORMATS = ("demonstrations", "text")
+
 
 class SFTSettings(LanguageSettings):
     """SFT's settings."""
@@ -35,7 +37,7 @@ class SFT(Method):
 
         L = - sum_{i,t} log pi(y_it | x_i, y_i<t) / number of response tokens in the batch
 
-    Prompt tokens carry no loss. The baseline of every method that learns from demonstrations, and
+    Prompt tokens carry no loss; of a plain text all tokens but the first do. The baseline of every method that learns from demonstrations, and
     the warm-up of those that learn from rewards.
     """
 
@@ -53,18 +55,24 @@ class SFT(Method):
     ):
         super().__init__(config, place)
         self.policy = find_policy(config, place, model)
-        self.data = find_data(config.data, place, "demonstrations", data)
+        self.data = _single_turns(find_data(config.data, place, FORMATS, data))
         self.items = self._tokenise(self.data)
         held_out = find_held_out(config, place, "demonstrations", data)
-        self.held_out = self._tokenise(held_out.first(config.eval_size)) if held_out else None
+        self.held_out = None
+        if held_out is not None:
+            self.held_out = self._tokenise(_single_turns(held_out.first(config.eval_size)))
         self.order = Epochs(len(self.data), config.batch_size, place.seed)
 
     def _tokenise(self, examples: Examples) -> Batch:
         limit = self.config.max_response_tokens
-        prompts = render_prompts(self.policy, examples, self.config, reserve=limit)
-        responses = [
-            self.policy.encode_response(row["completion"])[:limit] for row in examples.rows
-        ]
+        if examples.format == "text":
+            texts = [self.policy.encode_response(row["text"])[: limit + 1] for row in examples]
+            prompts, responses = [t[:1] for t in texts], [t[1:] for t in texts]
+        else:
+            prompts = render_prompts(self.policy, examples, self.config, reserve=limit)
+            responses = [
+                self.policy.encode_response(row["completion"])[:limit] for row in examples.rows
+            ]
         lengths = torch.tensor([len(response) for response in responses])
         cost = lengths + torch.tensor([len(prompt) for prompt in prompts])
         return Batch(prompts=prompts, responses=responses, lengths=lengths, cost=cost)
@@ -107,3 +115,10 @@ class SFT(Method):
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder)
+
+
+def _single_turns(examples: Examples) -> Examples:
+    """Whole conversations as their last turn after all that comes before; the rest as it is."""
+    if examples.format == "text" and isinstance(examples.rows[0]["text"], list):
+        return examples.require("demonstrations")
+    return examples

@@ -1,0 +1,34 @@
+"""Training a method step by step inside a claim, which looks at the policy between steps."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from postgrad.api import build
+from postgrad.catalogue import method_class
+from postgrad.config import resolve
+from postgrad.methods.base import Metrics, Place
+from postgrad.seeding import seed_everything
+from postgrad.training.optimise import Optimisers
+
+
+def train_in_steps(
+    slug: str, seed: int, objects: Mapping[str, Any], **settings: Any
+) -> Iterator[tuple[int, Metrics]]:
+    """The real method under the loop's optimiser, on the CPU and without a run folder.
+
+    `objects` are what the method takes from Python (`model`, `data`, `reward`); the caller keeps
+    the model and sees it change. Yields each step's number, from 1, and metrics.
+    """
+    kind = method_class(slug)
+    loop, own = resolve(kind.Config, kind.recipe, {"seed": seed, **settings})
+    seed_everything(seed)
+    place = Place(seed, torch.device("cpu"), loop.steps)
+    method = build(slug, own, place, objects)
+    method.check()
+    optimise = Optimisers(method.modules(), loop, place.device)
+    for step in range(loop.steps):
+        optimise.set_step(step)
+        batch = method.collect(step)
+        yield step + 1, {**method.describe_batch(batch), **method.update(batch, optimise)}

@@ -1,0 +1,89 @@
+"""A run killed at any moment and resumed ends as the uninterrupted one, to the bit."""
+
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from postgrad.training.record import is_run, read_rows
+
+KILL_POINTS = 20
+SETTINGS = {
+    "model": "tiny",
+    "data": {"name": "addition", "settings": {"size": 64}},
+    "batch_size": 4,
+    "rollout": {"samples": 4, "max_new_tokens": 5},
+    "minibatches": 2,
+    "eval_size": 8,
+    "evaluate_every": 4,
+    "steps": 10,
+    "save_every": 2,
+    "learning_rate": 1e-3,
+    "threads": 1,
+    "log": [],
+    "report": False,
+}
+
+
+def train_or_resume(folder: str) -> None:
+    from postgrad import api
+
+    if is_run(Path(folder)):
+        api.resume(folder)
+    else:
+        api.train("grpo", output=folder, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start with everything imported, so that kills fall into the run itself."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["postgrad.api", "postgrad.methods.language.verifiable.grpo"])
+    return context
+
+
+def run(processes, folder: Path, kill_after: float | None = None) -> bool:
+    """Train or resume in a process of its own; True if it was allowed to end."""
+    process = processes.Process(target=train_or_resume, args=(str(folder),))
+    process.start()
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def outcome(folder: Path):
+    rows = read_rows(folder / "metrics.jsonl")
+    timed = ("time/", "throughput/")
+    metrics = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+    return metrics, load_file(folder / "model" / "model.safetensors")
+
+
+def test_twenty_random_kill_points(processes, tmp_path):
+    run(processes, tmp_path / "warm-up")
+    started = time.monotonic()
+    run(processes, tmp_path / "whole")
+    duration = time.monotonic() - started
+    metrics, weights = outcome(tmp_path / "whole")
+    assert metrics[-1]["step"] == SETTINGS["steps"]
+
+    chance = random.Random(0)
+    kills = attempts = 0
+    while kills < KILL_POINTS:
+        folder = tmp_path / f"attempt{attempts}"
+        attempts += 1
+        # several kills hit the same run, the later ones while it is resuming
+        for _ in range(3):
+            if run(processes, folder, kill_after=chance.uniform(0, duration)):
+                break
+            kills += 1
+        run(processes, folder)
+        after, resumed = outcome(folder)
+        assert after == metrics
+        assert resumed.keys() == weights.keys()
+        assert all(resumed[name].equal(weights[name]) for name in weights)
