@@ -36,6 +36,8 @@ def test_values_are_read_as_people_write_them():
     assert parse_value("[1, 2]") == [1, 2]
     assert parse_value("null") is None
     assert parse_value("a b") == "a b"
+    assert parse_value("yes") == "yes"
+    assert parse_value("-2.5E+3") == -2500.0
 
 
 def test_keys_go_to_the_loop_or_to_the_method():

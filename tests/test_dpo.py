@@ -1,14 +1,12 @@
 """DPO and what all pairwise preference methods share, on real runs of the tiny model."""
 
-import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from language_runs import SMALL, assert_same_run, moved, untimed, write_rows
 from postgrad.api import resume, train
-from postgrad.batch import Batch
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -23,24 +21,15 @@ ROWS = [
     {"prompt": f"{i} + {i} = ", "chosen": f"{2 * i}", "rejected": f"{2 * i + 1 + i % 3}, no doubt"}
     for i in range(20)
 ]
-SMALL = {"model": "tiny", "learning_rate": 1e-3, "warmup_steps": 0, "report": False, "log": []}
 
 
 def pairs_file(folder, rows=ROWS):
-    path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return write_rows(folder / "pairs.jsonl", rows)
 
 
 def made(config=None, rows=ROWS, **objects):
     values = {"model": "tiny", "batch_size": 8, **(config or {})}
     return DPO(validated(DPOSettings, values), Place(), data=rows, **objects)
-
-
-def untimed(path):
-    timed = ("time/", "throughput/")
-    rows = read_rows(path / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
 def gradients(method, batch, budget=None):
@@ -53,7 +42,8 @@ def gradients(method, batch, budget=None):
 
 def test_at_the_reference_loss_is_log_two_and_accuracy_a_tie():
     method = made(eval_data=ROWS)
-    loss, metrics = method.loss(method.collect(0))
+    with torch.no_grad():
+        loss, metrics = method.loss(method.collect(0))
     assert float(loss) == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["rewards/accuracy"] == 0.5
     assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0.0
@@ -70,11 +60,8 @@ def test_accuracy_counts_ties_half():
 
 def test_the_margin_is_that_of_plain_sequence_log_probabilities():
     """Against an independent computation: one sequence at a time, no padding, no sharing."""
-    method = made({"beta": 0.5})
+    method = moved(made({"beta": 0.5}))
     batch = method.collect(0)
-    with torch.no_grad():
-        for parameter in method.policy.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
     frozen = load_policy("tiny").network
 
     def logprob(network, prompt, response):
@@ -111,42 +98,44 @@ def test_the_first_gradient_is_half_beta_times_the_difference_of_scores():
         torch.testing.assert_close(got[name], parameter.grad, atol=1e-7, rtol=1e-4)
 
 
-def test_prompt_tokens_carry_no_loss():
-    """Only embeddings of what is read matter, so a response of one token leaves no trace of
-    the prompt in the output layer's targets: the loss is a function of response tokens alone."""
+def test_only_the_predictions_of_response_tokens_carry_a_gradient():
     method = made()
     batch = method.collect(0)
-    scores = method.policy.score(batch.prompts * 2, batch.chosen + batch.rejected)
-    lengths = [len(response) for response in batch.chosen + batch.rejected]
-    assert scores.mask.sum(1).tolist() == lengths
-    assert scores.logprobs[~scores.mask].abs().sum() == 0
+    hidden = []
+    method.policy.network.model.norm.register_forward_hook(lambda _, __, out: hidden.append(out))
+    loss, _ = method.loss(batch)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    learning = int(gradient.flatten(0, -2).abs().sum(-1).gt(0).sum())
+    # one state, that of the prompt's last token, predicts both first tokens; if these are the same
+    # then the push up and the push down cancel
+    responses = zip(batch.chosen, batch.rejected, strict=True)
+    expected = sum(len(won) + len(lost) - 2 + int(won[0] != lost[0]) for won, lost in responses)
+    assert learning == expected
+    assert learning < gradient.flatten(0, -2).shape[0]
 
 
 def test_a_batch_of_other_lengths_does_not_change_a_pair():
-    method = made()
+    method = moved(made())
     with torch.no_grad():
-        for parameter in method.policy.parameters():
-            parameter.mul_(1.05)
         method._know_reference(method.pairs, torch.arange(20))
-        alone = torch.cat([method._margins(method.pairs.batch(torch.tensor([i]))) for i in range(4)])
+        alone = torch.cat(
+            [method._margins(method.pairs.batch(torch.tensor([i]))) for i in range(4)]
+        )
         together = method._margins(method.pairs.batch(torch.tensor([0, 1, 2, 3, 19, 10])))
     torch.testing.assert_close(together[:4], alone, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("budget", [1, 60, 100_000])
-def test_micro_batches_add_up_to_the_same_step(budget):
-    method = made()
+@pytest.mark.parametrize(("budget", "parts"), [(1, 8), (100, 2), (100_000, 1)])
+def test_micro_batches_add_up_to_the_same_step(budget, parts):
+    method = moved(made())
     batch = method.collect(0)
-    with torch.no_grad():
-        for parameter in method.policy.parameters():
-            parameter.mul_(1.05)
     whole, expected = gradients(method, batch)
-    parts, got = gradients(method, batch, budget)
-    assert len(list(batch.split(budget))) == {1: 8, 100_000: 1}.get(budget, len(list(batch.split(60))))
+    cut, got = gradients(method, batch, budget)
+    assert len(list(batch.split(budget))) == parts
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4)
-    assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
-    assert parts["rewards/margin"] == pytest.approx(whole["rewards/margin"], abs=1e-5)
+    assert cut["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert cut["rewards/margin"] == pytest.approx(whole["rewards/margin"], abs=1e-5)
 
 
 def test_it_learns_twenty_pairs_by_heart(tmp_path):
@@ -167,12 +156,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     train("dpo", steps=4, output=tmp_path / "whole", **settings)
     train("dpo", steps=2, output=tmp_path / "parts", **settings)
     resume(tmp_path / "parts", steps=4, allow_changes=True)
-    rows = untimed(tmp_path / "whole")
-    assert untimed(tmp_path / "parts") == rows
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "parts")]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert [row["step"] for row in untimed(tmp_path / "whole")] == [1, 2, 3, 4]
 
 
 def test_the_reference_is_scored_once_and_kept_in_the_checkpoint(tmp_path):
@@ -184,23 +169,20 @@ def test_the_reference_is_scored_once_and_kept_in_the_checkpoint(tmp_path):
     step, state = load_latest(tmp_path / "run" / "checkpoints", print)
     reference = state["method"]["reference"]
     assert step == 3
-    fresh = made({"batch_size": 20})
-    torch.testing.assert_close(reference, fresh.collect(0).reference[torch.argsort(
-        fresh.order.indices(0))], atol=1e-4, rtol=0)
+    everything = made({"batch_size": 20}).collect(0)
+    expected = everything.reference[everything.index.argsort()]
+    torch.testing.assert_close(reference, expected, atol=1e-4, rtol=0)
 
 
 def test_with_lora_the_reference_is_the_adapter_switched_off():
     settings = LoraSettings(4, 8.0)
-    method = made(model=load_policy("tiny", tune="lora", lora=settings))
+    method = moved(made(model=load_policy("tiny", tune="lora", lora=settings)), 0.1)
     plain = made()
-    with torch.no_grad():
-        for name, parameter in method.policy.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
     torch.testing.assert_close(
         method.collect(0).reference, plain.collect(0).reference, atol=1e-4, rtol=0
     )
-    loss, _ = method.loss(method.collect(0))
+    with torch.no_grad():
+        loss, _ = method.loss(method.collect(0))
     assert abs(float(loss) - math.log(2)) > 1e-3
     trained = [name for name, p in method.policy.named_parameters() if p.requires_grad]
     assert trained
@@ -211,9 +193,7 @@ def test_the_reference_stays_when_the_policy_moves():
     method = made({"batch_size": 20})
     before = method.collect(0).reference.clone()
     method.pairs.reference.fill_(torch.nan)
-    with torch.no_grad():
-        for parameter in method.policy.parameters():
-            parameter.mul_(1.5)
+    moved(method)
     torch.testing.assert_close(method.collect(0).reference, before, atol=0, rtol=0)
     frozen = [p for network in method.policy._frozen for p in network.parameters()]
     assert not any(p.requires_grad for p in frozen)
@@ -237,7 +217,10 @@ def test_a_long_response_is_cut_and_keeps_its_first_tokens():
         ({"chosen": "yes", "rejected": ""}, r"row 2: column 'rejected' is empty"),
         ({"chosen": "yes", "rejected": None}, r"row 2: column 'rejected' is missing or null"),
         ({"chosen": "yes", "rejected": "no", "prompt": " "}, r"row 2: column 'prompt' is empty"),
-        ({"chosen": "a", "rejected": "b", "prompt": "x" * 1021}, r"row 2: .*1021 tokens.* 1020 fit"),
+        (
+            {"chosen": "a", "rejected": "b", "prompt": "x" * 1021},
+            r"row 2: .*1021 tokens.* 1020 fit",
+        ),
     ],
 )
 def test_an_unusable_pair_is_named(row, message, tmp_path):
@@ -279,10 +262,3 @@ def test_label_smoothing_pulls_confident_margins_back():
     delta = torch.tensor([50.0, -50.0, 0.0])
     difference = smooth.pair_loss(delta) - plain.pair_loss(delta)
     torch.testing.assert_close(difference, 0.2 * 0.1 * delta)
-
-
-def test_items_of_a_batch_stay_together():
-    batch = made().collect(0)
-    assert isinstance(batch, Batch)
-    sizes = [len(p) + len(w) + len(l) for p, w, l in zip(batch.prompts, batch.chosen, batch.rejected, strict=True)]
-    assert batch.cost.tolist() == sizes

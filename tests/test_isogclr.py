@@ -201,9 +201,7 @@ def test_trains_saves_and_moves_the_encoders(slug, data, tmp_path):
     assert ("tau" in sample) == (slug == "isogclr")
 
 
-@pytest.mark.parametrize(
-    "data", [FEW, {"name": "docstrings", "limit": 40}], ids=["images", "texts"]
-)
+@pytest.mark.parametrize("data", [FEW, None], ids=["images", "texts"])
 def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path):
     if data is None:
         file = tmp_path / "pairs.jsonl"
@@ -265,7 +263,7 @@ def test_learning_separates_classes(tmp_path):
     run = quick("isogclr", tmp_path / "run", data=data, steps=150, batch_size=64)
     name = "probe_balanced_accuracy"
     before = rows_of(run.folder)[0][f"evaluation/{name}"]
-    assert run.evaluation[name] > before + 0.1
+    assert run.evaluation[name] > before + 0.05
 
 
 @pytest.mark.parametrize("slug", ["isogclr", "simclr"])

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -91,13 +92,33 @@ class LoopSettings(Settings):
     report: bool = setting(True, "write report.html at the end")
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML as people expect it: `1e-6` is a number; yes, no, on and off are words, not booleans."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")
+)
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Yaml)  # a SafeLoader: plain data only
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A configuration file as a dictionary. Loads safely: no Python objects."""
     path = Path(path)
     if not path.is_file():
         raise PostgradError(f"configuration file {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise PostgradError(f"configuration file {path} is not valid YAML: {line}") from error
@@ -109,17 +130,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A command-line value read as YAML, with `1e-6` a number as everybody expects."""
+    """A command-line value read as YAML."""
     try:
-        value = yaml.safe_load(text)
+        return _load_yaml(text)
     except yaml.YAMLError as error:
         raise PostgradError(f"cannot read the value {text!r}: not valid YAML") from error
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:

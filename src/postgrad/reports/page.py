@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from postgrad.catalogue import entries
 from postgrad.errors import PostgradError
 from postgrad.reports.figures import number
 
@@ -67,6 +68,20 @@ def write_page(path: Path, text: str) -> Path:
     except OSError as error:
         raise PostgradError(f"cannot write the report {path}: {error.strerror}") from error
     return path
+
+
+def paper_facts(slug: str) -> dict[str, str]:
+    """A method's slug, title, paper and the paper's address, as far as the catalogue knows them."""
+    found = entries().get(slug)
+    paper = found.paper if found else ""
+    arxiv = paper.removeprefix("arXiv:")
+    link = f"https://arxiv.org/abs/{arxiv}" if paper.startswith("arXiv:") else ""
+    return {
+        "method": slug,
+        "title": found.title if found else "",
+        "paper": paper,
+        "link": link,
+    }
 
 
 def plain_json(value: Any) -> Any:

@@ -9,12 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from postgrad.catalogue import entries
 from postgrad.config import LoopSettings, flat, read_yaml
 from postgrad.errors import PostgradError
 from postgrad.reports.curves import Point, finite, is_noisy, points_by_name, smooth, thin
 from postgrad.reports.figures import Series, line_chart, number, sparkline, stacked_chart
-from postgrad.reports.page import duration, render_page, write_page
+from postgrad.reports.page import duration, paper_facts, render_page, write_page
 from postgrad.reports.samples import browser
 from postgrad.training.record import CONFIG, METRICS, RUN, SAMPLES, is_run, read_rows
 
@@ -22,6 +21,7 @@ REPORT = "report.html"
 # from this many points on a curve is drawn smoothed, with the values themselves pale behind it
 _SMOOTHED = 24
 _LEADING = ("reward", "loss")
+_OTHER = 7  # grey
 
 
 def write_run_report(folder: str | Path) -> Path:
@@ -59,30 +59,14 @@ def write_run_report(folder: str | Path) -> Path:
     return write_page(folder / REPORT, text)
 
 
-def paper_facts(slug: str) -> dict[str, str]:
-    """A method's slug, title, paper and the paper's address, as far as the catalogue knows them."""
-    found = entries().get(slug)
-    paper = found.paper if found else ""
-    arxiv = paper.removeprefix("arXiv:")
-    link = f"https://arxiv.org/abs/{arxiv}" if paper.startswith("arXiv:") else ""
-    return {
-        "method": slug,
-        "title": found.title if found else "",
-        "paper": paper,
-        "link": link,
-    }
-
-
 def _facts(
     config: Mapping[str, Any], run: Mapping[str, Any], curves: Mapping[str, Sequence[Point]]
 ) -> list[tuple[str, str]]:
     done = int(max((points[-1][0] for points in curves.values()), default=0))
     steps = f"{done:,}" if done == config["steps"] else f"{done:,} of {config['steps']:,}"
     started = datetime.strptime(run["started"], "%Y-%m-%dT%H:%M:%S%z")
-    asked = [
-        (key, config[key]) for key in ("model", "data", "environment", "reward") if key in config
-    ]
-    facts = [(key.capitalize(), _named(value)) for key, value in asked if value]
+    keys = [key for key in ("model", "data", "environment", "reward") if config.get(key)]
+    facts = [(key.capitalize(), _named(config[key])) for key in keys]
     facts += [("Steps", steps), ("Seed", str(config["seed"]))]
     if "time/step" in curves:
         spent = sum(seconds for _, seconds in curves["time/step"])
@@ -157,9 +141,7 @@ def _prefix(name: str) -> str:
 
 def _curve(name: str, points: Sequence[Point]) -> Markup:
     title = name.replace("_", " ").replace("/", " / ")
-    known = finite(points)
-    odd = len(points) - len(known)
-    note = f"{odd} values that are not finite are left out." if odd else ""
+    known, note = finite(points)
     if len(known) < _SMOOTHED or not is_noisy(known):
         return line_chart(title, [Series(title, thin(known))], note=note)
     smoothed = thin(smooth(known, half_life=len(known) / 40), 300)
@@ -179,17 +161,22 @@ def _time(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any] | None:
     named = {x: sum(seconds.get(x, 0.0) for seconds in stretches.values()) for x in whole}
     rest = {x: max(0.0, total - named[x]) for x, total in whole.items()}
     layers = {**stretches, "other": rest}
+    colours = {name: _OTHER if name == "other" else i for i, name in enumerate(layers)}
     total = sum(whole.values())
     parts = []
     for name, seconds in layers.items():
         spent = sum(seconds.values())
         share = f"{100 * spent / total:.0f} %" if total else "–"
-        parts.append({"name": name, "seconds": spent, "share": share})
-    size = -(-len(whole) // 240)
+        parts.append({"name": name, "colour": colours[name], "seconds": spent, "share": share})
     xs = sorted(whole)
+    size = -(-len(xs) // 240)
     buckets = [xs[i : i + size] for i in range(0, len(xs), size)]
     stacked = [
-        (name, [(b[-1], sum(seconds.get(x, 0.0) for x in b) / len(b)) for b in buckets])
+        Series(
+            name,
+            [(b[-1], sum(seconds.get(x, 0.0) for x in b) / len(b)) for b in buckets],
+            colours[name],
+        )
         for name, seconds in layers.items()
     ]
     figures = [stacked_chart("seconds per step", stacked)] if len(xs) > 1 else []

@@ -45,22 +45,15 @@ def sample(row: Mapping[str, Any]) -> dict[str, Any]:
         shown["tokens"] = [str(token) for token in tokens]
         shown["advantages"] = plain_json(advantages)
         if len(tokens) != len(advantages):
-            shown["remark"] = (
-                f"{len(tokens)} tokens came with {len(advantages)} advantages: shown as far as they go."
-            )
+            shown["remark"] = f"{len(tokens)} tokens came with {len(advantages)} advantages."
+    for stem in [name.removesuffix("_before") for name in fields if name.endswith("_before")]:
+        before, after = fields.get(f"{stem}_before"), fields.get(f"{stem}_after")
+        if isinstance(before, str) and isinstance(after, str):
+            shown["pairs"].append([stem, before, after])
+            del fields[f"{stem}_before"], fields[f"{stem}_after"]
     for name in sorted(fields, key=lambda name: _FIRST.get(name, 2)):
         value = fields[name]
-        stem = name.removesuffix("_before")
-        other = fields.get(f"{stem}_after")
-        if stem != name and isinstance(value, str) and isinstance(other, str):
-            shown["pairs"].append([stem, value, other])
-        elif (
-            name.endswith("_after")
-            and isinstance(fields.get(f"{name.removesuffix('_after')}_before"), str)
-            and isinstance(value, str)
-        ):
-            continue
-        elif isinstance(value, (bool, int, float)):
+        if isinstance(value, (bool, int, float)):
             shown["numbers"].append([name, plain_json(value)])
         elif isinstance(value, str) and _PNG.fullmatch(value):
             shown["images"].append([name, value])

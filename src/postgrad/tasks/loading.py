@@ -51,6 +51,8 @@ def load(
         examples = _embedded(name, base, dict(settings or {}), seed)
         if format is not None:
             examples = examples.require(format)
+    elif not is_file_name(name) and not is_hub_name(name):
+        raise unknown("task or data set", name, (*EMBEDDED, REASONING_GYM + "TASK"))
     elif settings:
         raise PostgradError(f"{name}: only embedded tasks take settings, got {', '.join(settings)}")
     elif is_file_name(name):
@@ -63,11 +65,9 @@ def load(
         examples = Examples.from_rows(
             rows, name=name, format=format, columns=columns, numbers=numbers
         )
-    elif is_hub_name(name):
+    else:
         rows = read_hub(name, split)
         return Examples.from_rows(rows, name=name, format=format, columns=columns)
-    else:
-        raise unknown("task or data set", name, (*EMBEDDED, REASONING_GYM + "TASK"))
     part = examples.part(_position(start, 0, examples), _position(stop, len(examples), examples))
     if not len(part):
         raise PostgradError(f"{name}: the split {split} is empty ({len(examples)} rows in all)")

@@ -342,7 +342,8 @@ def scaled_clip(clips: tuple[float, float], dimensions: int) -> float:
     """The clip at this many latent dimensions: the power law through those at 64 and at 65,536."""
     few, many = clips
     share = math.log(dimensions / 64) / math.log(65536 / 64)
-    return min(few * (many / few) ** share, 0.5)
+    clip: float = few * (many / few) ** share
+    return min(clip, 0.5)
 
 
 def find_flow(config: FlowSettings, place: Place, model: FlowPolicy | None = None) -> FlowPolicy:

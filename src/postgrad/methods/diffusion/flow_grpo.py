@@ -32,7 +32,8 @@ class FlowGRPO(FlowPolicyGradient):
     )
 
     def log_ratio(self, batch: Batch, mean: Tensor, logprobs: Tensor) -> Tensor:
-        return logprobs - batch.old_logprobs
+        old: Tensor = batch.old_logprobs
+        return logprobs - old
 
     def surrogate(self, log_ratio: Tensor, batch: Batch) -> Tensor:
         return clipped_surrogate(log_ratio.exp(), batch.advantages, self.clip, self.clip)

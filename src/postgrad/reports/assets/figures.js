@@ -9,14 +9,8 @@
     return parent.appendChild(element);
   };
 
-  const nearest = (points, x) => {
-    let low = 0, high = points.length - 1;
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      if (points[middle][0] < x) low = middle; else high = middle;
-    }
-    return Math.abs(points[low][0] - x) <= Math.abs(points[high][0] - x) ? points[low] : points[high];
-  };
+  const nearest = (points, x) =>
+    points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
 
   const attach = (svg) => {
     const data = JSON.parse(svg.dataset.hover);

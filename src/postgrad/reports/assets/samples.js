@@ -38,9 +38,12 @@
     return image;
   };
 
-  const tokens = (row) => {
-    const values = row.advantages.filter((value) => typeof value === "number");
-    const largest = Math.max(1e-12, ...values.map(Math.abs));
+  // one scale for all samples of a step, so that their colours compare
+  const largestOf = (step) => step.rows.flatMap((row) => row.advantages ?? [])
+    .filter((value) => typeof value === "number")
+    .reduce((largest, value) => Math.max(largest, Math.abs(value)), 1e-12);
+
+  const tokens = (row, largest) => {
     const made = element("div");
     const words = element("div", "tokens");
     const readout = element("output");
@@ -76,10 +79,10 @@
     for (const [name, value] of row.texts) {
       if (row.tokens && name === "response") continue;
       made.append(field(name, element("div", "text", value), name));
-      if (name === "prompt" && row.tokens) made.append(field("response", tokens(row)));
+      if (name === "prompt" && row.tokens) made.append(field("response", tokens(row, largestOf(step))));
     }
     if (row.tokens && !row.texts.some(([name]) => name === "prompt"))
-      made.append(field("response", tokens(row)));
+      made.append(field("response", tokens(row, largestOf(step))));
     for (const [stem, before, after] of row.pairs) {
       const pair = made.appendChild(element("div", "pair"));
       pair.append(field(`${stem} before`, element("div", "text", before)),

@@ -136,6 +136,11 @@ class PairwisePreference(Method):
         won, lost = sequence_logprobs(scores.logprobs, scores.mask).chunk(2)
         return won, lost
 
+    def _margins(self, batch: Batch) -> Tensor:
+        """Delta `[B]`, on the CPU."""
+        won, lost = self._logprobs(batch)
+        return margin(won.cpu(), lost.cpu(), *batch.reference.unbind(1))
+
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         won, lost = self._logprobs(batch)
         reference_won, reference_lost = batch.reference.to(won.device).unbind(1)
@@ -160,8 +165,7 @@ class PairwisePreference(Method):
         self._know_reference(pairs, torch.arange(len(pairs)))
         deltas = []
         for part in pairs.batch(torch.arange(len(pairs))).split(SCORING_TOKENS):
-            won, lost = self._logprobs(part)
-            deltas.append(margin(won.cpu(), lost.cpu(), *part.reference.unbind(1)))
+            deltas.append(self._margins(part))
         delta = torch.cat(deltas).float()
         return {
             "accuracy": accuracy(delta),
@@ -172,8 +176,7 @@ class PairwisePreference(Method):
     def samples(self, batch: Batch) -> list[dict[str, Any]]:
         part = batch.select(torch.arange(min(len(batch), 4)))
         with torch.no_grad():
-            won, lost = self._logprobs(part)
-        deltas = margin(won.cpu(), lost.cpu(), *part.reference.unbind(1))
+            deltas = self._margins(part)
         return [
             {
                 "prompt": self.policy.decode(part.prompts[i]),

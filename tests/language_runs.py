@@ -1,0 +1,43 @@
+"""What the tests of language methods share: small settings, data files, comparing runs."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from postgrad.training.record import read_rows
+
+SMALL = {"model": "tiny", "learning_rate": 1e-3, "warmup_steps": 0, "report": False, "log": []}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def untimed(run):
+    """The rows of a run's metrics without what the clock decides."""
+    timed = ("time/", "throughput/")
+    rows = read_rows(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def final_weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_same_run(one, other):
+    """Both runs have the same metrics and final weights, to the bit."""
+    assert untimed(one) == untimed(other)
+    first, second = final_weights(one), final_weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def moved(method, size=0.02):
+    """The method after a random change of its policy, so that it differs from its reference."""
+    with torch.no_grad():
+        for parameter in method.policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn_like(parameter))
+    return method
