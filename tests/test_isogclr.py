@@ -153,7 +153,7 @@ def test_view_noise_has_its_standard_deviation():
     ("encoder", "inputs"),
     [
         (ImageEncoder(ImageShape(3, 10, 4, 8, 5)), torch.rand(2, 3, 10, 10)),
-        (BagEncoder(TextShape(100, 8, 5)), ["get an item", "def get_item(x)"]),
+        (BagEncoder(TextShape(100, 5)), ["get an item", "def get_item(x)"]),
     ],
 )
 def test_encoders_come_back_from_their_folder(tmp_path, encoder, inputs):
@@ -161,7 +161,6 @@ def test_encoders_come_back_from_their_folder(tmp_path, encoder, inputs):
     again = load_encoder(tmp_path / "model")
     assert torch.equal(again(inputs), encoder(inputs))
     assert encoder(inputs).shape == (2, 5)
-    assert encoder.represent(inputs).shape == (2, 8)
 
 
 def test_a_folder_without_an_encoder(tmp_path):
@@ -175,7 +174,15 @@ def test_words_of_code_and_language_meet():
     assert len(hashed_words("HTTPServer2 größe", 1000)) == 4
     assert hashed_words("+-*/", 1000) == []
     # a text without words is a zero vector, not NaN
-    assert not BagEncoder(TextShape(10, 4, 2)).represent(["+-", "a"])[0].any()
+    assert not BagEncoder(TextShape(10, 4))(["+-", "a"])[0].any()
+
+
+def test_a_bag_is_the_weighted_mean_of_its_words():
+    encoder = BagEncoder(TextShape(50, 3))
+    torch.nn.init.normal_(encoder.log_weights)
+    words = hashed_words("get the item", 50)
+    expected = encoder.log_weights[words].exp() @ encoder.words.weight[words] / 3
+    assert torch.allclose(encoder(["other", "get_the_item"])[1], expected, atol=1e-6)
 
 
 # Methods -----------------------------------------------------------------------------------------
@@ -192,10 +199,10 @@ def test_trains_saves_and_moves_the_encoders(slug, data, tmp_path):
         assert 0 < run.evaluation["probe_balanced_accuracy"] <= 1
         encoder = load_encoder(tmp_path / "run" / "model")
         pixels = run.method.source.pixels[:3]
-        assert torch.equal(encoder(pixels), run.method.source.encoders(pixels))
+        assert torch.equal(encoder(pixels), run.method.source.encoder(pixels))
     else:
-        encoder = load_encoder(tmp_path / "run" / "model" / "positive")
-        assert encoder(["def age(x)"]).shape == (1, 32)
+        encoder = load_encoder(tmp_path / "run" / "model")
+        assert torch.equal(encoder(["def age(x)"]), run.method.source.encoder(["def age(x)"]))
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["prompt"]
     assert ("tau" in sample) == (slug == "isogclr")
@@ -218,8 +225,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path):
         assert all(torch.equal(again[name], value) for name, value in state.items())
         assert len(state["tau"].unique()) > 2
     weights = zip(
-        whole.method.source.encoders.parameters(),
-        resumed.method.source.encoders.parameters(),
+        whole.method.source.encoder.parameters(),
+        resumed.method.source.encoder.parameters(),
         strict=True,
     )
     assert all(torch.equal(a, b) for a, b in weights)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad.errors import MissingExtra, PostgradError
 from postgrad.models import embedded
+from postgrad.models.cache import cached_folder
 from postgrad.models.language import LoraSettings, load_policy
 from postgrad.sampling.generation import SamplingSettings, generate
 
@@ -173,26 +174,22 @@ def test_smollm2_sampled_log_probabilities_equal_the_scored_ones(smollm2):
     )
 
 
-def test_a_converted_folder_appears_complete_or_not_at_all(tmp_path):
-    folder = tmp_path / "cache" / "model"
+def test_a_converted_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTGRAD_CACHE", str(tmp_path / "cache"))
 
     def failing(unfinished):
-        unfinished.mkdir()
         (unfinished / "weights").write_text("half")
-        raise OSError("no space left on device")
+        raise RuntimeError("killed")
 
     def late(unfinished):
-        embedded.publish(folder, lambda path: _write(path, "first"))
-        _write(unfinished, "second")
+        first = cached_folder("model", {}, lambda path: (path / "weights").write_text("first"))
+        assert first.is_dir()
+        (unfinished / "weights").write_text("second")
 
-    def _write(path, text):
-        path.mkdir()
-        (path / "weights").write_text(text)
-
-    with pytest.raises(OSError, match="no space"):
-        embedded.publish(folder, failing)
-    assert list(folder.parent.iterdir()) == []
-    embedded.publish(folder, late)
+    with pytest.raises(RuntimeError, match="killed"):
+        cached_folder("model", {}, failing)
+    assert list((tmp_path / "cache").iterdir()) == []
+    folder = cached_folder("model", {}, late)
     assert (folder / "weights").read_text() == "first"
     assert list(folder.parent.iterdir()) == [folder]
 

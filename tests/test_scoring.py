@@ -176,8 +176,8 @@ def test_mistakes_are_named():
         policy.score([prompt], [])
     with pytest.raises(ValueError, match="no tokens"):
         policy.score([prompt[:0]], [response])
-    with pytest.raises(PostgradError, match="context of 256"):
-        policy.score([prompt], [torch.zeros(252, dtype=torch.long)])
+    with pytest.raises(PostgradError, match="more than the model's context"):
+        policy.score([prompt], [torch.zeros(policy.context_length - 4, dtype=torch.long)])
     with pytest.raises(ValueError, match="nothing is left"):
         policy.embed([prompt], [response], skip=9)
     with pytest.raises(ValueError, match="skips"):

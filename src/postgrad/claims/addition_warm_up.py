@@ -17,7 +17,7 @@ from postgrad.tasks.formats import Row
 TOKENS = 6  # four digits, the end token, and one to spare
 _BATCH, _RATE, _CORRUPTION = 128, 2e-3, 0.15
 _DEMONSTRATIONS, _MOST_STEPS = 20_000, 1000
-_FIRST_CHECK, _CHECK_EVERY, _CHECKED = 200, 10, 300
+_FIRST_CHECK, _CHECK_EVERY, _CHECKED = 100, 10, 300
 
 
 def warmed_up(seed: int, target: float = 0.45) -> LanguagePolicy:

@@ -15,7 +15,7 @@ METRIC = "accuracy"
 # learning rates: the best of 1e-4, 3e-4 and 1e-3 for each arm on seed 100, which is not reported
 ARMS: dict[str, dict[str, Any]] = {
     "GRPO": {"learning_rate": 3e-4},
-    "GRPO, two minibatches": {"learning_rate": 3e-4, "minibatches": 2},
+
     "Dr. GRPO": {
         "learning_rate": 3e-4,
         "normalise": "none",

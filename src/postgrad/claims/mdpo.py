@@ -1,5 +1,7 @@
 """The claim of MDPO: several steps on the mirror-descent objective work where one step fails."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ RANGES = {"CartPole-v1": (22.0, 500.0), "Pendulum-v1": (-1230.0, -150.0)}
 # method, settings, and the learning rate of each environment, tuned alike for every arm
 ARMS: dict[str, tuple[str, dict[str, int | None], dict[str, float]]] = {
     "MDPO": ("mdpo", {}, {"CartPole-v1": 3e-4, "Pendulum-v1": 1e-2}),
-    "m = 1": ("mdpo", {"m": 1}, {"CartPole-v1": 1e-2, "Pendulum-v1": 1e-2}),
+    "m = 1": ("mdpo", {"m": 1}, {"CartPole-v1": 1e-2, "Pendulum-v1": 3e-2}),
     "PPO, full batch": (
         "ppo",
         {"policy_minibatch": None},
@@ -36,7 +38,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
             seed,
             {},
             environment=environment,
-            steps=3 if quick else ITERATIONS,
+            steps=1 if quick else ITERATIONS,
             learning_rate=rates[environment],
             **settings,
         )
@@ -95,7 +97,7 @@ def tabular(seed: int, states: int = 20, actions: int = 4, t: float = 0.5) -> di
         greedy = _action_values(best, transitions, rewards).argmax(-1)
         best = torch.nn.functional.one_hot(greedy, actions).to(rewards.dtype)
     optimum = float((best * _action_values(best, transitions, rewards)).sum(-1).mean())
-    steps_down = sum(b < a - 1e-12 for a, b in zip(returns, returns[1:], strict=False))
+    steps_down = sum(b < a - 1e-12 for a, b in pairwise(returns))
     return found | {
         "tabular gap to the optimum at the start": optimum - returns[0],
         "tabular gap to the optimum after 199 closed-form steps": optimum - returns[-1],
@@ -109,3 +111,25 @@ def _action_values(policy: Tensor, transitions: Tensor, rewards: Tensor) -> Tens
     mean_reward = (policy * rewards).sum(-1)
     values = torch.linalg.solve(torch.eye(len(chain), dtype=chain.dtype) - 0.9 * chain, mean_reward)
     return rewards + 0.9 * torch.einsum("sax,x->sa", transitions, values)
+
+
+CLAIM = Claim(
+    slug="mdpo",
+    statement="With several gradient steps on each batch, MDPO learns where a single step (m = 1, "
+    "vanilla policy gradient) fails, and is about as good as PPO.",
+    task="CartPole-v1 and Pendulum-v1, 60,000 environment steps each, networks [64, 64]; the score "
+    "is the mean return of the last 10 iterations, from 0 for a random policy to 1 for one that "
+    "solves the task, averaged over both",
+    metric=METRIC,
+    higher_is_better=True,
+    method="MDPO",
+    baseline="m = 1",
+    arms=tuple(ARMS),
+    run=run,
+    notes="Each arm's learning rate was chosen per environment from 3e-4, 1e-3, 3e-3, 1e-2 and "
+    "3e-2 by the mean return of the last 10 iterations on two other seeds. All arms share data, "
+    "networks, value function and advantages; they differ in the policy's loss and steps. With "
+    "30 times MDPO's learning rate m = 1 solves CartPole as well (at equal rates it does not "
+    "leave random play); in Pendulum no rate helped it. The tabular numbers are exact: the KL to "
+    "the closed-form step falls as m grows.",
+)

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from postgrad.errors import PostgradError
-from postgrad.models.embedded import cache_folder
+
+
+def cache_folder() -> Path:
+    """Where such models are kept: `$POSTGRAD_CACHE` or `~/.cache/postgrad`."""
+    return Path(os.environ.get("POSTGRAD_CACHE") or Path.home() / ".cache" / "postgrad")
 
 
 def cached_folder(name: str, key: Mapping[str, object], make: Callable[[Path], None]) -> Path:

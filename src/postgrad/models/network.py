@@ -1,6 +1,7 @@
 """What the engine needs to know of a transformers network: its decoder and its output layer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ def is_adapted(network: nn.Module) -> bool:
     return hasattr(network, "get_base_model")
 
 
-def base_of(network: nn.Module) -> nn.Module:
+def base_of(network: Any) -> Any:
     """The transformers model inside an adapter (peft), or the network itself."""
     return network.get_base_model() if is_adapted(network) else network
 
@@ -51,14 +52,15 @@ def output_layer(network: nn.Module) -> OutputLayer | None:
 def packed_hidden(network: nn.Module, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """Last hidden states `[tokens, d]` (after the final normalisation) of one row of tokens."""
     decoder = base_of(network).get_decoder()
-    output = decoder(
+    output: Any = decoder(
         input_ids=tokens[None],
         position_ids=positions[None],
         attention_mask=no_mask(tokens.device),
         use_cache=False,
         layout=layout,
     )
-    return output.last_hidden_state[0]
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
 
 
 def pad_right(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ class LanguagePolicy(nn.Module):
         end_tokens: the ids that end a response.
     """
 
+    network: Any  # transformers' and peft's models have no common type that names what is used
+
     def __init__(self, network: nn.Module, tokenizer: Any):
         super().__init__()
         self.network = network.eval()
@@ -64,7 +66,8 @@ class LanguagePolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        device: torch.device = next(self.network.parameters()).device
+        return device
 
     def train(self, mode: bool = True) -> "LanguagePolicy":
         """Like `nn.Module.train`, but the network stays in evaluation mode."""
@@ -120,7 +123,7 @@ class LanguagePolicy(nn.Module):
 
     def decode(self, ids: Tensor) -> str:
         """Text of token ids, without special tokens."""
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
     # Numbers ---------------------------------------------------------------------------------
 
@@ -269,17 +272,17 @@ def _context_length(config: Any, tokenizer: Any) -> int:
         length = getattr(config.get_text_config(decoder=True), name, None)
         if isinstance(length, int):
             return length
-    return min(tokenizer.model_max_length, _UNLIMITED)
+    return min(int(tokenizer.model_max_length), _UNLIMITED)
 
 
 def _end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:
     settings = getattr(base, "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
-    ends = set(named) if isinstance(named, list) else {named}
-    return frozenset(ends | {tokenizer.eos_token_id}) - {None}
+    ends = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return frozenset(end for end in ends if end is not None)
 
 
-def _matrices(network: nn.Module) -> Iterator[nn.Module]:
+def _matrices(network: nn.Module) -> Iterator[Any]:
     """The modules whose weight is multiplied with the tokens' states."""
     for module in network.modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":

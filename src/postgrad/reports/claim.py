@@ -101,9 +101,9 @@ def _sentence(result: Mapping[str, Any]) -> str:
 def _verdict(result: Mapping[str, Any], better: str) -> Markup:
     kind = {"yes": "yes", "no": "no"}.get(result["holds"], "open")
     detail = (
-        f"Task: {result['task']}. {result['seeds']} seeds; {better}. The claim holds if the interval "
-        "of the differences lies wholly on the method's side of zero, does not reproduce if wholly "
-        "on the other side, and is not separable if zero lies within."
+        f"Task: {result['task']}. {result['seeds']} seeds; {better}. The claim holds if the "
+        "interval of the differences lies wholly on the method's side of zero, does not reproduce "
+        "if wholly on the other side, and is not separable if zero lies within."
     )
     text = (
         templates()

@@ -14,8 +14,8 @@ from postgrad.reports.page import templates
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 
 BAND_NOTE = (
-    "Line: mean over seeds. Band: from the lowest to the highest seed. A curve of one measured value "
-    "over another is drawn seed by seed."
+    "Line: mean over seeds. Band: from the lowest to the highest seed. A curve of one measured "
+    "value over another is drawn seed by seed."
 )
 
 

@@ -20,6 +20,8 @@ _BOUNDS = {
     annotated_types.Lt: ("lt", "<"),
     annotated_types.Le: ("le", "≤"),
 }
+# kinds of values that a default and a meaning say well enough
+_PLAIN = ("text", "true or false")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ def equation(docstring: str) -> str:
 def setting_facts(
     kind: type[Settings], recipe: Mapping[str, Any] | None = None, prefix: str = ""
 ) -> list[SettingFact]:
-    """Every key of a settings class, nested ones dotted; `recipe` holds other defaults by name."""
+    """Every key of a settings class, what is the class's own before what it inherits.
+
+    Nested keys are dotted; `recipe` holds other defaults by name.
+    """
     return _facts(kind, recipe or {}, prefix, None)
 
 
@@ -93,7 +98,8 @@ def _facts(
     kind: type[Settings], recipe: Mapping[str, Any], prefix: str, values: Settings | None
 ) -> list[SettingFact]:
     facts = []
-    for name, about in kind.model_fields.items():
+    for name in sorted(kind.model_fields, key=lambda name: _declared(kind, name)):
+        about = kind.model_fields[name]
         default = getattr(values, name) if values else about.get_default(call_default_factory=True)
         if isinstance(default, Settings):
             inner = recipe.get(name, {})
@@ -109,6 +115,12 @@ def _facts(
             )
         )
     return facts
+
+
+def _declared(kind: type[Settings], name: str) -> int:
+    """How far up its line of classes a setting is (last) declared."""
+    owns = (name in vars(base).get("__annotations__", {}) for base in kind.__mro__)
+    return next(i for i, own in enumerate(owns) if own)
 
 
 def value_text(value: Any) -> str:
@@ -181,7 +193,8 @@ def _settings_text(settings: Iterable[SettingFact], width: int) -> str:
     rows = []
     for fact in settings:
         source = f" [{fact.source}]" if fact.source else ""
-        rows.append((f"{fact.key} = {fact.default}", f"{fact.meaning} ({fact.values}){source}"))
+        values = "" if fact.values in _PLAIN else f" ({fact.values})"
+        rows.append((f"{fact.key} = {fact.default}", f"{fact.meaning}{values}{source}"))
     return _columns(rows, width, indent=2)
 
 

@@ -176,9 +176,9 @@ def _read(path: Path, options: ImageOptions) -> numpy.ndarray:
         raise MissingExtra("pillow", "representation") from error
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB" if options.colour else "L")
-            image = image.resize((options.size, options.size))
-            values = numpy.asarray(image, dtype=numpy.float32) / 255
+            plain = image.convert("RGB" if options.colour else "L")
+            scaled = plain.resize((options.size, options.size))
+            values = numpy.asarray(scaled, dtype=numpy.float32) / 255
     except (UnidentifiedImageError, OSError) as error:
         raise PostgradError(f"{path} cannot be read as an image") from error
     return values.transpose(2, 0, 1) if options.colour else values[None]

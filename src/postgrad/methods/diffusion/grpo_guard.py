@@ -7,7 +7,8 @@ from torch import Tensor
 from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.methods.base import FourParts
-from postgrad.methods.diffusion.base import FlowPolicyGradient, FlowSettings
+from postgrad.methods.diffusion.base import FlowPolicyGradient
+from postgrad.methods.diffusion.settings import FlowSettings
 from postgrad.objectives.flow import ratio_norm, regulated_step_loss
 
 

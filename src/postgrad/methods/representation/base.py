@@ -33,15 +33,15 @@ class ContrastSettings(Settings):
     )
     eval_data: DataSettings | None = setting(None, "held-out data; the data's test split if empty")
     batch_size: int = setting(64, "samples a step", ge=2)
-    encoder: EncoderSettings = setting(EncoderSettings(), "sizes of the encoders")
+    encoder: EncoderSettings = setting(EncoderSettings(), "sizes of the encoder")
     views: ViewSettings = setting(ViewSettings(), "how two views of an image differ")
 
 
 class Contrast(Method):
-    """Encoders trained by telling a sample's two embeddings from those of other samples.
+    """An encoder trained by telling a sample's two embeddings from those of other samples.
 
-    Images give two random views and one encoder; pairs of texts give an anchor and a positive with
-    an encoder each. A subclass fills `contrast`.
+    Images give two random views each, pairs of texts an anchor and its positive. A subclass fills
+    `contrast`.
     """
 
     config: ContrastSettings
@@ -67,7 +67,7 @@ class Contrast(Method):
         """The loss `[B]` of embeddings `[B, d]` of samples `index` `[B]`, and metrics."""
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"encoders": self.source.encoders}
+        return {"encoder": self.source.encoder}
 
     def collect(self, step: int) -> Batch:
         return self.source.batch(self._epochs.indices(step), step)

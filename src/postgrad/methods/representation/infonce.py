@@ -83,8 +83,12 @@ class InfoNCE(Method):
 
     def collect(self, step: int) -> Batch:
         rows = [self.data.rows[i] for i in self._epochs.indices(step).tolist()]
-        kinds = ("anchor", "positive") + (("negative",) if self.config.hard_negatives else ())
-        return Batch(**{kind: [row[kind] for row in rows] for kind in kinds})
+        batch = Batch(
+            anchor=[row["anchor"] for row in rows], positive=[row["positive"] for row in rows]
+        )
+        if self.config.hard_negatives:
+            batch = batch.with_fields(negative=[row["negative"] for row in rows])
+        return batch
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         texts = batch.anchor + batch.positive

@@ -114,9 +114,12 @@ class ISogCLR(Contrast):
         }
 
     def contrast(self, left: Tensor, right: Tensor, index: Tensor) -> tuple[Tensor, Metrics]:
-        states = self.temperatures.values()
-        step = robust_bimodal_step if self.source.bimodal else robust_two_view_step
-        loss, metrics = step(left, right, index, *states, self._robust)
+        if self.source.bimodal:
+            own = self.temperatures["anchor"], self.temperatures["positive"]
+            loss, metrics = robust_bimodal_step(left, right, index, *own, self._robust)
+        else:
+            shared = self.temperatures["both"]
+            loss, metrics = robust_two_view_step(left, right, index, shared, self._robust)
         return loss, {name: float(value) for name, value in metrics.items()}
 
     def tau(self) -> Tensor:

@@ -20,12 +20,14 @@ from postgrad.tasks.images import Images
 
 
 class EncoderSettings(Settings):
-    """The sizes of the encoders, which are trained from scratch."""
+    """The sizes of the encoder, which is trained from scratch."""
 
     width: int = setting(16, "images: channels of the first convolution", gt=0)
     buckets: int = setting(8192, "texts: hash buckets of the vocabulary", gt=1)
-    representation: int = setting(64, "size of a representation, read by the probes", gt=0)
-    embedding: int = setting(32, "size of an embedding, compared by the contrast", gt=0)
+    representation: int = setting(64, "images: size of what the probes read", gt=0)
+    embedding: int | None = setting(
+        None, "size of what the contrast compares; empty: 32 for images, 128 for texts", gt=0
+    )
 
 
 class ViewSettings(Settings):
@@ -42,7 +44,7 @@ class PairSource(Protocol):
     """
 
     bimodal: bool
-    encoders: nn.Module
+    encoder: nn.Module
 
     def __len__(self) -> int: ...
 
@@ -87,8 +89,10 @@ class ImageViews:
         self._views, self._place = views, place
         self.pixels, self.labels = self._tensors(images)
         _, channels, size, _ = self.pixels.shape
-        shape = ImageShape(channels, size, encoder.width, encoder.representation, encoder.embedding)
-        self.encoders = _seeded(place, lambda: ImageEncoder(shape))
+        shape = ImageShape(
+            channels, size, encoder.width, encoder.representation, encoder.embedding or 32
+        )
+        self.encoder = _seeded(place, lambda: ImageEncoder(shape))
 
     def _tensors(self, images: Images) -> tuple[Tensor, Tensor]:
         device = self._place.device
@@ -108,7 +112,7 @@ class ImageViews:
         return Batch(index=index, left=left, right=right)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        left, right = self.encoders(torch.cat([batch.left, batch.right])).chunk(2)
+        left, right = self.encoder(torch.cat([batch.left, batch.right])).chunk(2)
         return left, right
 
     def evaluate(self) -> Metrics:
@@ -120,8 +124,8 @@ class ImageViews:
         if self.held_out is None:
             return {}
         pixels, labels = self._tensors(self.held_out)
-        seen = self.encoders.represent(self.pixels).float()
-        new = self.encoders.represent(pixels).float()
+        seen = self.encoder.represent(self.pixels).float()
+        new = self.encoder.represent(pixels).float()
         classes = len(self.images.classes)
         rare = self.frequencies().argsort()[: classes // 2]
         metrics = {}
@@ -144,11 +148,11 @@ class ImageViews:
         return self.images.fingerprint
 
     def save(self, folder: Path) -> None:
-        save_encoder(self.encoders, folder)
+        save_encoder(self.encoder, folder)
 
 
 class TextPairs:
-    """An anchor text and its positive: two kinds of text with an encoder each."""
+    """An anchor text and its positive: two kinds of text, compared across; one encoder for both."""
 
     bimodal = True
 
@@ -158,11 +162,8 @@ class TextPairs:
         if held_out is not None and len(held_out) < 2:
             raise PostgradError("eval_data: retrieval needs at least 2 pairs")
         self.pairs, self.held_out = pairs, held_out
-        shape = TextShape(encoder.buckets, encoder.representation, encoder.embedding)
-        self.encoders = _seeded(
-            place,
-            lambda: nn.ModuleDict({"anchor": BagEncoder(shape), "positive": BagEncoder(shape)}),
-        )
+        shape = TextShape(encoder.buckets, encoder.embedding or 128)
+        self.encoder = _seeded(place, lambda: BagEncoder(shape))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -176,14 +177,14 @@ class TextPairs:
         )
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.encoders["anchor"](batch.left), self.encoders["positive"](batch.right)
+        return self.encoder(batch.left), self.encoder(batch.right)
 
     def evaluate(self) -> Metrics:
         """Retrieval of the positive of each held-out anchor among all held-out positives."""
         if self.held_out is None:
             return {}
-        anchors = self.encoders["anchor"]([row["anchor"] for row in self.held_out.rows])
-        positives = self.encoders["positive"]([row["positive"] for row in self.held_out.rows])
+        anchors = self.encoder([row["anchor"] for row in self.held_out.rows])
+        positives = self.encoder([row["positive"] for row in self.held_out.rows])
         return retrieval_metrics(anchors, positives)
 
     def describe(self, index: int) -> dict[str, Any]:
@@ -194,8 +195,7 @@ class TextPairs:
         return self.pairs.fingerprint
 
     def save(self, folder: Path) -> None:
-        for name, encoder in self.encoders.items():
-            save_encoder(encoder, folder / name)
+        save_encoder(self.encoder, folder)
 
 
 def _seeded(place: Place, make: Any) -> Any:

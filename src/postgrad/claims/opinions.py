@@ -1,0 +1,201 @@
+"""Short opinions with a known reward: the set-up of the preference claims.
+
+An opinion is a subject and three describing words, `the soup was` → ` warm, old and bitter.` The
+gold reward is the number of approving words in it minus the number of disapproving ones, so it
+lies between -3 and 3 and anybody can check it. A tiny model learns to write opinions, draws four on
+every subject, and Bradley-Terry labels with the gold reward make two pairs of them.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgrad.claims.base import Outcome
+from postgrad.claims.stepping import train_in_steps
+from postgrad.models.cache import cached_folder
+from postgrad.models.language import LanguagePolicy, load_policy
+from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
+from postgrad.seeding import derive, generator
+
+APPROVING = "good lovely superb clever warm bright gentle fresh".split()
+DISAPPROVING = "bad dull awful rude cold dirty bitter stale".split()
+NEUTRAL = "long short old new large small red plain".split()
+OWNERS = "the our their this that my your her".split()
+THINGS = (
+    "film book soup hotel guide train speech garden house song play meal shop coat letter cake "
+    "room street class market boat park dance picture town"
+).split()
+
+TOKENS = 40
+BUDGETS = (0.25, 1.0, 3.0)
+METRIC = "reward within 1 nat"
+_SENTENCES, _STEPS, _BATCH, _RATE = 4000, 300, 64, 2e-3
+
+
+def gold(text: str) -> float:
+    """Approving words minus disapproving words."""
+    words = re.findall("[a-z]+", text)
+    return float(sum((w in APPROVING) - (w in DISAPPROVING) for w in words))
+
+
+def subjects() -> tuple[list[str], list[str]]:
+    """Prompts to train on and others to measure on: `the soup was` and 199 more."""
+    every = [f"{owner} {thing} was" for owner in OWNERS for thing in THINGS]
+    random.Random(0).shuffle(every)
+    return every[:150], every[150:]
+
+
+def reference_policy(seed: int, steps: int = _STEPS) -> LanguagePolicy:
+    """The model `tiny` after learning to write opinions; a cached function of `seed`, `steps`."""
+    key = {
+        "seed": seed,
+        "recipe": [steps, _SENTENCES, _BATCH, _RATE],
+        "versions": [version("postgrad"), version("torch")],
+    }
+
+    def make(folder: Path) -> None:
+        policy = load_policy("tiny", seed=seed)
+        training = train_in_steps(
+            "sft",
+            seed,
+            {"model": policy, "data": _written(seed)},
+            steps=steps,
+            batch_size=_BATCH,
+            learning_rate=_RATE,
+            max_response_tokens=TOKENS,
+        )
+        for _ in training:
+            pass
+        policy.save(folder)
+
+    return load_policy(str(cached_folder("opinions", key, make)))
+
+
+def _written(seed: int) -> list[dict[str, str]]:
+    """Demonstrations; two words in three are of the tone that the opinion has."""
+    chance = random.Random(f"opinions {seed}")
+    tones = (APPROVING, DISAPPROVING, NEUTRAL)
+    rows = []
+    for _ in range(_SENTENCES):
+        tone = chance.choice(tones)
+        words: list[str] = []
+        while len(words) < 3:
+            word = chance.choice(tone if chance.random() < 0.5 else chance.choice(tones))
+            if word not in words:
+                words.append(word)
+        subject = f"{chance.choice(OWNERS)} {chance.choice(THINGS)} was"
+        rows.append({"prompt": subject, "completion": f" {words[0]}, {words[1]} and {words[2]}."})
+    return rows
+
+
+def sample(policy: LanguagePolicy, prompts: list[str], count: int, *stream: Any) -> Rollouts:
+    """`count` opinions on every prompt, with the draws of the stream so named."""
+    ids = [policy.render(prompt) for prompt in prompts]
+    seeds = [derive(0, *stream, i) for i in range(len(prompts) * count)]
+    return generate(policy, ids, SamplingSettings(TOKENS), samples=count, seeds=seeds)
+
+
+def preferences(policy: LanguagePolicy, seed: int, flip_rate: float = 0.0) -> list[dict[str, str]]:
+    """Two pairs of different opinions on every training subject, labelled by Bradley-Terry.
+
+    P(a over b) = sigma(gold(a) - gold(b)); each label is then flipped with `flip_rate`, once.
+    """
+    prompts, _ = subjects()
+    texts = sample(policy, prompts, 4, "pairs", seed).texts
+    chance = torch.rand(len(texts) // 2, 2, generator=generator(seed, "labels")).tolist()
+    rows = []
+    for i, (label, flip) in enumerate(chance):
+        first, second = texts[2 * i], texts[2 * i + 1]
+        if first == second:
+            continue
+        wins = torch.sigmoid(torch.tensor(gold(first) - gold(second))).item()
+        if (label < wins) == (flip < flip_rate):
+            first, second = second, first
+        rows.append({"prompt": prompts[i // 2], "chosen": first, "rejected": second})
+    return rows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean gold reward of fresh opinions, and KL to the reference estimated from the same."""
+
+    reward: float
+    divergence: float
+
+
+def measure(policy: LanguagePolicy, count: int, *stream: Any) -> Measured:
+    """`count` opinions on every held-out subject; KL = mean log pi(y) - log pi_ref(y), in nats."""
+    rollouts = sample(policy, subjects()[1], count, *stream)
+    with torch.no_grad():
+        now = policy.score(rollouts.prompts, rollouts.responses).logprobs.sum(1)
+        with policy.reference():
+            before = policy.score(rollouts.prompts, rollouts.responses).logprobs.sum(1)
+    rewards = [gold(text) for text in rollouts.texts]
+    return Measured(sum(rewards) / len(rewards), float((now - before).mean()))
+
+
+def best_of_four(policy: LanguagePolicy, seed: int) -> float:
+    """Mean gold reward when the gold reward itself picks one of four; a KL of 0.64 nats."""
+    texts = sample(policy, subjects()[1], 4, "best of four", seed).texts
+    best = [max(map(gold, texts[i : i + 4])) for i in range(0, len(texts), 4)]
+    return sum(best) / len(best)
+
+
+def trained(
+    slug: str,
+    settings: dict[str, Any],
+    policy: LanguagePolicy,
+    rows: list[dict[str, Any]],
+    seed: int,
+    *,
+    steps: int,
+    every: int = 5,
+    count: int = 8,
+) -> Outcome:
+    """Train and follow reward and KL; values are the rewards within a budget of KL.
+
+    Of the steps whose KL on validation samples is within a budget, the one with the best reward on
+    these samples counts (perhaps the start); its reward on other samples is the value.
+    """
+    policy.freeze_reference()
+    measured = [(0, *_both(policy, count, seed, 0))]
+    training = train_in_steps(
+        slug,
+        seed,
+        {"model": policy, "data": rows},
+        steps=steps,
+        batch_size=32,
+        max_response_tokens=TOKENS,
+        warmup_steps=0,
+        schedule="constant",
+        **settings,
+    )
+    for step, _ in training:
+        if step % every == 0:
+            measured.append((step, *_both(policy, count, seed, step)))
+    values = {}
+    for budget in BUDGETS:
+        allowed = [point for point in measured if point[1].divergence <= budget]
+        _, _, test = max(allowed, key=lambda point: point[1].reward)
+        unit = "nat" if budget == 1 else "nats"
+        values[f"reward within {budget:g} {unit}"] = test.reward
+    values["reward at the end"] = measured[-1][2].reward
+    values["KL at the end"] = measured[-1][2].divergence
+    curves = {
+        "reward": [(float(step), test.reward) for step, _, test in measured],
+        "KL": [(float(step), test.divergence) for step, _, test in measured],
+        "reward over KL": [(test.divergence, test.reward) for _, _, test in measured],
+    }
+    return Outcome(values, curves)
+
+
+def _both(policy: LanguagePolicy, count: int, seed: int, step: int) -> tuple[Measured, Measured]:
+    return (
+        measure(policy, count, "validation", seed, step),
+        measure(policy, count, "test", seed, step),
+    )
