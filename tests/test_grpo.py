@@ -74,7 +74,7 @@ def test_the_loss_is_deepseekmaths_computed_one_token_at_a_time():
             clipped += int(bounded * advantage < ratio * advantage)
         total += tokens / len(response)
     assert clipped > 0
-    assert float(loss) == pytest.approx(float(total / len(batch)), abs=2e-5)
+    assert loss.item() == pytest.approx(float(total / len(batch)), abs=2e-5)
     assert metrics["ratio/clipped"] == pytest.approx(clipped / int(batch.mask.sum()))
 
 

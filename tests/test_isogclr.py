@@ -275,13 +275,17 @@ def test_learning_separates_classes(tmp_path):
 
 @pytest.mark.parametrize("slug", ["isogclr", "simclr"])
 def test_learning_pairs_of_texts(slug, tmp_path):
-    lines = "\n".join(map(json.dumps, PAIRS))
-    (tmp_path / "pairs.jsonl").write_text(lines)
+    # no word is common to the two sides, so which belongs to which must be learned
+    words = ("length", "colour", "weight", "price", "age", "name", "size", "speed")
+    pairs = [{"anchor": f"the {w} of it", "positive": f"def f{w[::-1]}(x)"} for w in words]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     data = {"name": str(tmp_path / "pairs.jsonl")}
     settings = {"rho": 0.5} if slug == "isogclr" else {}
-    run = quick(slug, tmp_path / "run", data=data, eval_data=data, steps=60, **settings)
+    run = quick(
+        slug, tmp_path / "run", data=data, eval_data=data, steps=60, learning_rate=2e-2, **settings
+    )
     assert run.evaluation["top1"] == 1
-    assert rows_of(run.folder)[0]["evaluation/top1"] < 1
+    assert rows_of(run.folder)[0]["evaluation/top1"] < 0.6
 
 
 def test_bf16_autocast_keeps_similarities_in_float32(tmp_path):

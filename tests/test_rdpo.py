@@ -42,7 +42,7 @@ def test_the_worked_example(flip_rate, loss, reverse):
 def gradient(method):
     loss, _ = method.loss(method.collect(0))
     loss.backward()
-    return float(loss), {name: p.grad for name, p in method.policy.named_parameters()}
+    return loss.item(), {name: p.grad for name, p in method.policy.named_parameters()}
 
 
 def test_without_flips_it_is_dpo_value_and_gradient():

@@ -177,6 +177,16 @@ def test_every_metric_has_its_figure(tmp_path: Path) -> None:
     assert {"metrics-reward", "metrics-training"} <= {a.get("id") for a in page.all("section")}
 
 
+def test_metrics_that_differ_in_a_number_share_a_figure(tmp_path: Path) -> None:
+    names = [f"ratio/mean_step_{i}" for i in range(3)] + ["ratio/std_0", "ratio/std_1"]
+    rows = [{"step": step, **dict.fromkeys(names, 1.0)} for step in (1, 2)]
+    rows[1]["ratio/mean_step_2"] = math.nan
+    _, page = read(write_run_report(run_folder(tmp_path / "run", rows)))
+    drawn = [a["aria-label"] for a in page.all("svg") if "aria-label" in a]
+    assert drawn == ["mean step", "std 0", "std 1"]
+    assert "Values that are not finite are left out: 1." in page.text
+
+
 def test_hover_texts_are_the_values(tmp_path: Path) -> None:
     rows = [{"step": s, "kl": 0.5 * s} for s in (1, 2, 3)]
     _, page = read(write_run_report(run_folder(tmp_path / "run", rows)))

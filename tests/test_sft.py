@@ -84,7 +84,14 @@ def test_it_learns_sixteen_answers_by_heart(tmp_path):
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     data = write_rows(tmp_path / "demonstrations.jsonl", ROWS)
-    settings = {**SMALL, "data": data, "batch_size": 6, "max_response_tokens": 16, "save_every": 2, "schedule": "constant"}
+    settings = {
+        **SMALL,
+        "data": data,
+        "batch_size": 6,
+        "max_response_tokens": 16,
+        "save_every": 2,
+        "schedule": "constant",
+    }
     train("sft", steps=4, output=tmp_path / "whole", **settings)
     train("sft", steps=2, output=tmp_path / "parts", **settings)
     resume(tmp_path / "parts", steps=4, allow_changes=True)

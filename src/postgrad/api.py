@@ -52,7 +52,9 @@ def train(
     kind = method_class(method)
     base = read_yaml(config) if isinstance(config, (str, Path)) else dict(config or {})
     _require_method(base.pop("method", method), method)
-    settings = {k: str(value) if isinstance(value, Path) else value for k, value in settings.items()}
+    settings = {
+        k: str(value) if isinstance(value, Path) else value for k, value in settings.items()
+    }
     objects = {name: value for name, value in settings.items() if not _plain(value)}
     named = {name: f"<{type(value).__name__} object>" for name, value in objects.items()}
     loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named})

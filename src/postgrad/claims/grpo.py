@@ -3,7 +3,7 @@
 from typing import Any
 
 from postgrad.claims.addition_warm_up import TOKENS, greedy_accuracy, warmed_up
-from postgrad.claims.base import Claim, Outcome
+from postgrad.claims.base import Outcome
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.language import LanguagePolicy
 from postgrad.tasks.addition import Addition
@@ -15,7 +15,6 @@ METRIC = "accuracy"
 # learning rates: the best of 1e-4, 3e-4 and 1e-3 for each arm on seed 100, which is not reported
 ARMS: dict[str, dict[str, Any]] = {
     "GRPO": {"learning_rate": 3e-4},
-
     "Dr. GRPO": {
         "learning_rate": 3e-4,
         "normalise": "none",

@@ -12,7 +12,7 @@ from postgrad.training.record import METRICS, read_rows
 TEMPERATURES = (0.05, 0.1, 0.2, 0.5)
 METRIC = "probe_balanced_accuracy"
 EPOCH = 7  # steps: 485 training images in batches of 64
-# lr, rho: chosen on validation images of other splits than those reported, see the notes
+# learning rate and RHO: the best on validation images of splits that are not reported, see notes
 COMMON: dict[str, Any] = {
     "steps": 100 * EPOCH,
     "batch_size": 64,
@@ -33,6 +33,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         f"iSogCLR, tau from {tau}": ("isogclr", {"tau_init": tau, "rho": RHO})
         for tau in TEMPERATURES
     },
+    "iSogCLR, tau from 0.1, rho 0.3": ("isogclr", {"tau_init": 0.1, "rho": 0.3}),
 }
 
 
@@ -59,3 +60,24 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         found = done.method.tau_by_class().tolist()
         curves["mean tau by class"] = [(float(c), round(t, 4)) for c, t in enumerate(found)]
     return Outcome(values, curves)
+
+
+CLAIM = Claim(
+    slug="isogclr",
+    statement=(
+        "On long-tailed images, a temperature learned for each sample gives representations that "
+        "classify better, over all classes alike, than SimCLR's at the same temperature for all"
+    ),
+    task=(
+        "scikit-learn's digits at random places of 10 x 10 pixels, class c with 150 * 0.7^c "
+        "training images; 100 epochs in batches of 64, shifts and noise; linear probe, balanced "
+        "accuracy on test images"
+    ),
+    metric=METRIC,
+    higher_is_better=True,
+    method="iSogCLR, tau from 0.1",
+    baseline="SimCLR, tau 0.1",
+    arms=tuple(ARMS),
+    run=run,
+    notes="",
+)

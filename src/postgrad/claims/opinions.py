@@ -22,14 +22,15 @@ from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
 from postgrad.seeding import derive, generator
 
-APPROVING = "good lovely superb clever warm bright gentle fresh".split()
-DISAPPROVING = "bad dull awful rude cold dirty bitter stale".split()
-NEUTRAL = "long short old new large small red plain".split()
-OWNERS = "the our their this that my your her".split()
+APPROVING = ("good", "lovely", "superb", "clever", "warm", "bright", "gentle", "fresh")
+DISAPPROVING = ("bad", "dull", "awful", "rude", "cold", "dirty", "bitter", "stale")
+NEUTRAL = ("long", "short", "old", "new", "large", "small", "red", "plain")
+OWNERS = ("the", "our", "their", "this", "that", "my", "your", "her")
 THINGS = (
-    "film book soup hotel guide train speech garden house song play meal shop coat letter cake "
-    "room street class market boat park dance picture town"
-).split()
+    "film", "book", "soup", "hotel", "guide", "train", "speech", "garden", "house", "song", "play",
+    "meal", "shop", "coat", "letter", "cake", "room", "street", "class", "market", "boat", "park",
+    "dance", "picture", "town",
+)  # fmt: skip
 
 TOKENS = 40
 BUDGETS = (0.25, 1.0, 3.0)

@@ -47,7 +47,7 @@ def enable_sharing(network: nn.Module) -> str | None:
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, KeyError) as problem:
             # an architecture can refuse a packed row in any of these ways: it takes the plain path
             base.set_attn_implementation(own)
-            return str(problem).splitlines()[0]
+            return (str(problem).splitlines() or [type(problem).__name__])[0]
     reason = witness.wrong_windows(base.config.get_text_config(decoder=True))
     if reason is None:
         distance = float((actual - expected).norm() / expected.norm())

@@ -50,13 +50,16 @@ def number(value: float, digits: int = 4) -> str:
     return text.replace("-", "−")
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) within `low` … `high`."""
+def ticks(low: float, high: float, least: float = 2.5) -> list[float]:
+    """Multiples within `low` … `high` of the largest round step that fits `least` times or more.
+
+    Round are 1, 2 and 5 times a power of ten. Raises ValueError unless `low` < `high`.
+    """
     if not low < high:
         raise ValueError(f"no range between {low} and {high}")
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    largest = (high - low) / least
+    power = 10.0 ** math.floor(math.log10(largest))
+    step = next(m * power for m in (5, 2, 1) if m == 1 or m * power <= largest * (1 + 1e-9))
     start = math.ceil(low / step - 1e-9)
     stop = math.floor(high / step + 1e-9)
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(start, stop + 1)]
@@ -65,7 +68,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def _tick(value: float, step: float) -> str:
     if value == 0:
         return "0"
-    if abs(value) >= 1e5 or step < 1e-4:
+    if abs(value) >= 1e5 or (step < 1e-4 and abs(value) < 1e-2):
         return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:,.{decimals}f}".replace("-", "−")
@@ -120,7 +123,7 @@ class _Frame:
                 f'<text class="tick" x="{_LEFT - 6}" y="{y}" dy=".32em" '
                 f'text-anchor="end">{text}</text>'
             )
-        marks = ticks(*self.x, count=5)
+        marks = ticks(*self.x, least=3)
         base = self.height - _BOTTOM
         for value in marks:
             text = _tick(value, marks[1] - marks[0] if len(marks) > 1 else abs(value) or 1.0)
@@ -265,7 +268,7 @@ def whisker_chart(
     height = 38.0 * len(rows) + _TOP + 40
     frame = _Frame((low - air, high + air), (0.0, 1.0), width, height)
     base = height - 36
-    marks = ticks(*frame.x, count=6)
+    marks = ticks(*frame.x, least=3)
     parts = []
     for value in marks:
         x = f"{frame.px(value):.1f}"

@@ -1,6 +1,7 @@
 """The report of a run: one self-contained page from what the run folder holds."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -125,11 +126,35 @@ def _groups(curves: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
         {
             "id": f"metrics-{prefix}",
             "name": prefix.replace("_", " ").capitalize(),
-            "figures": [_curve(name.removeprefix(f"{prefix}/"), curves[name]) for name in names],
+            "figures": _figures({name.removeprefix(f"{prefix}/"): curves[name] for name in names}),
         }
         for prefix in order
         if (names := groups.get(prefix))
     ]
+
+
+def _figures(curves: Mapping[str, Sequence[Point]]) -> list[Markup]:
+    """A figure for each metric; metrics that differ in a last number only are lines of one."""
+    stems: dict[str, list[str]] = {}
+    for name in curves:
+        stems.setdefault(re.sub(r"[_/]?\d+$", "", name), []).append(name)
+    figures = []
+    for stem, names in stems.items():
+        if len(names) < 3:
+            figures += [_curve(name, curves[name]) for name in names]
+            continue
+        series = [
+            Series(name.removeprefix(stem).strip("_/") or stem, thin(finite(curves[name])[0]), i)
+            for i, name in enumerate(names)
+        ]
+        odd = sum(len(curves[name]) - len(finite(curves[name])[0]) for name in names)
+        note = f"Values that are not finite are left out: {odd}." if odd else ""
+        figures.append(line_chart(_spoken(stem), series, note=note))
+    return figures
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ").replace("/", " / ")
 
 
 def _prefix(name: str) -> str:
@@ -140,7 +165,7 @@ def _prefix(name: str) -> str:
 
 
 def _curve(name: str, points: Sequence[Point]) -> Markup:
-    title = name.replace("_", " ").replace("/", " / ")
+    title = _spoken(name)
     known, note = finite(points)
     if len(known) < _SMOOTHED or not is_noisy(known):
         return line_chart(title, [Series(title, thin(known))], note=note)

@@ -8,7 +8,7 @@ environment that is deterministic given its seed.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,9 +84,14 @@ class Spaces:
     actions: int
     discrete: bool
     first_action: int = 0
-    low: np.ndarray[Any, Any] | None = None
-    high: np.ndarray[Any, Any] | None = None
+    low: np.ndarray[Any, Any] = field(default_factory=lambda: np.empty(0))
+    high: np.ndarray[Any, Any] = field(default_factory=lambda: np.empty(0))
     action_shape: tuple[int, ...] = ()
+
+    @property
+    def bounded(self) -> bool:
+        """Whether actions are continuous with finite bounds."""
+        return not self.discrete and bool(np.isfinite([self.low, self.high]).all())
 
 
 def spaces_of(environment: "gymnasium.Env[Any, Any]") -> Spaces:

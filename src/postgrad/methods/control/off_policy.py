@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,7 +73,7 @@ class OffPolicy(Control):
             self.make, 1, derive(place.seed, "training"), unit_actions=True
         )
         spaces = self.environments.spaces
-        if spaces.discrete or not np.isfinite([spaces.low, spaces.high]).all():
+        if not spaces.bounded:
             found = f"{spaces.actions} discrete actions" if spaces.discrete else "unbounded actions"
             raise PostgradError(
                 f"form: off-policy MDPO needs continuous actions with bounds, but "
@@ -138,7 +137,7 @@ class OffPolicy(Control):
             "next_observations": played.next_observations,
             "terminations": played.terminations,
         }
-        flat = {name: values.flatten(0, 1) for name, values in fields.items()}
+        flat: dict[str, Any] = {name: values.flatten(0, 1) for name, values in fields.items()}
         self.replay.add(**flat)
         episode_returns, episode_lengths = played.episode_ends()
         return Batch(**flat, episode_returns=episode_returns, episode_lengths=episode_lengths)
@@ -180,7 +179,7 @@ class OffPolicy(Control):
 
     def _gradient_step(self, draws: torch.Generator, optimise: Optimise) -> Metrics:
         size = self.settings.batch_size
-        drawn = self.replay.draw(size, draws)
+        drawn: dict[str, Any] = dict(self.replay.draw(size, draws))
         drawn["noise"] = self.policy.noise(size, generator=draws)
         part = Batch(**{name: values.to(self.place.device) for name, values in drawn.items()})
         critics = optimise(self.critic_loss, part, "critics")

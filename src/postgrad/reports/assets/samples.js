@@ -41,7 +41,7 @@
   // one scale for all samples of a step, so that their colours compare
   const largestOf = (step) => step.rows.flatMap((row) => row.advantages ?? [])
     .filter((value) => typeof value === "number")
-    .reduce((largest, value) => Math.max(largest, Math.abs(value)), 1e-12);
+    .reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
 
   const tokens = (row, largest) => {
     const made = element("div");
@@ -49,7 +49,7 @@
     const readout = element("output");
     row.tokens.forEach((token, i) => {
       const value = row.advantages[i];
-      const word = element("span", "", token);
+      const word = element("span", "", token || "▯");
       if (typeof value === "number" && value !== 0) {
         const strength = (8 + 52 * Math.abs(value) / largest).toFixed(0);
         word.style.background = `color-mix(in srgb, var(--${value > 0 ? "plus" : "minus"}) ${strength}%, transparent)`;
@@ -61,8 +61,12 @@
       words.append(word);
     });
     const scale = element("div", "scale");
-    scale.append("advantage", element("span", "", number(-largest)), element("i"),
-      element("span", "", `+${number(largest)}`), readout);
+    if (largest > 0) {
+      scale.append("advantage", element("span", "", number(-largest)), element("i"),
+        element("span", "", `+${number(largest)}`), readout);
+    } else {
+      scale.append("every advantage of this step is 0");
+    }
     made.append(words, scale);
     return made;
   };
@@ -109,6 +113,8 @@
     slider.disabled = Boolean(words);
     back.disabled = words || Number(slider.value) === 0;
     on.disabled = words || Number(slider.value) === steps.length - 1;
+    const short = ([, , row]) => row.pairs.length === 0 && row.texts.every(([, text]) => text.length < 80);
+    list.className = shown.every(short) ? "compact" : "";
     list.replaceChildren(...shown.slice(0, 100).map(([s, i, row]) => card(s, i, row)));
   };
 

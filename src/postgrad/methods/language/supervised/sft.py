@@ -37,8 +37,8 @@ class SFT(Method):
 
         L = - sum_{i,t} log pi(y_it | x_i, y_i<t) / number of response tokens in the batch
 
-    Prompt tokens carry no loss; of a plain text all tokens but the first do. The baseline of every method that learns from demonstrations, and
-    the warm-up of those that learn from rewards.
+    Prompt tokens carry no loss; of a plain text all tokens but the first do. The baseline of every
+    method that learns from demonstrations, and the warm-up of those that learn from rewards.
     """
 
     Config = SFTSettings

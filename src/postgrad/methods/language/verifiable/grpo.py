@@ -145,7 +145,6 @@ class GRPO(ClippedPolicyGradient):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         columns["completion_ids"] = [response.tolist() for response in rollouts.responses]
-        columns["completion_ids"] = [response.tolist() for response in rollouts.responses]
         with timed("reward"):
             total, terms = self.rewards([row["prompt"] for row in rows], rollouts.texts, columns)
         return torch.tensor(total), {name: torch.tensor(term) for name, term in terms.items()}

@@ -1,0 +1,261 @@
+"""MkDocs hook: pages and tables that follow from the code, so that nothing is written twice.
+
+- `methods/`: the catalogue, and a page for each implemented method, from its entry, docstring,
+  settings, four parts and committed claim;
+- `reference/`: a page for each room of the package (mkdocstrings reads the docstrings);
+- root files (ARCHITECTURE.md …) as pages, and `<!-- generated: NAME -->` in hand-written pages.
+"""
+
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import jinja2
+
+from postgrad.catalogue import Entry, entries
+from postgrad.cli import main
+from postgrad.config import LoopSettings
+from postgrad.reports.claim import claim_parts
+from postgrad.reports.intervals import BAND_NOTE
+from postgrad.reports.method import SettingFact, method_facts, setting_facts
+from postgrad.reports.page import asset, paper_facts
+from postgrad.rewards.verifiers import VERIFIERS
+from postgrad.tasks.formats import REQUIRED, SYNONYMS
+
+ROOT = Path(__file__).parent.parent
+ROOMS = (
+    "objectives", "advantages", "tasks", "models", "sampling", "rewards", "evaluation", "methods",
+    "training", "claims", "reports",
+)  # fmt: skip
+GROUND_FLOOR = ("api", "compare", "inspection", "config", "batch", "catalogue", "errors", "seeding")
+# a root file becomes a page; links between root files follow
+ROOT_PAGES = {
+    "ARCHITECTURE.md": "architecture.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "_templates"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def on_config(config: Any) -> Any:
+    """Put the generated pages into the navigation."""
+    sections = {name: section for part in config["nav"] for name, section in _named(part)}
+    sections["Methods"] += _method_navigation()
+    sections["Reference"] += [f"reference/{name}.md" for name in ("index", *ROOMS)]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages and the figures' style and script."""
+    from mkdocs.structure.files import File
+
+    for path, text in generated_files().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill the places that hand-written pages leave for tables from the code."""
+    return re.sub(r"<!-- generated: (\S+) -->", lambda found: FILLED[found[1]](), markdown)
+
+
+def generated_files() -> dict[str, str]:
+    """Every generated file's text by its path in the documentation."""
+    pages = {"methods/index.md": catalogue_page()}
+    for entry in documented():
+        pages[f"methods/{entry.slug}.md"] = method_page(entry.slug)
+    pages["reference/index.md"] = _reference("postgrad", "Commands and ground floor", GROUND_FLOOR)
+    for room in ROOMS:
+        modules = _modules(f"postgrad.{room}")
+        pages[f"reference/{room}.md"] = _reference(f"postgrad.{room}", f"`{room}`", modules)
+    for source, page in ROOT_PAGES.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        pages[page] = re.sub(
+            r"\]\((\w+\.md)\)", lambda link: f"]({ROOT_PAGES.get(link[1], link[1])})", text
+        )
+    return pages | {f"assets/figures.{kind}": asset(f"figures.{kind}") for kind in ("css", "js")}
+
+
+def documented() -> list[Entry]:
+    """The entries that have a page: whatever is implemented."""
+    return [entry for entry in entries().values() if entry.python is not None]
+
+
+def method_page(slug: str) -> str:
+    """The page of an implemented method."""
+    facts = method_facts(slug)
+    module = str(facts.entry.python).partition(":")[0]
+    recipe = [fact for fact in facts.loop if fact.source == "this method's recipe"]
+    text = TEMPLATES.get_template("method.md").render(
+        facts=facts,
+        entry=facts.entry,
+        link=paper_facts(slug)["link"],
+        status=_status(facts.entry),
+        description=prose(facts.description),
+        prose=prose,
+        cell=cell,
+        settings=settings_table(facts.settings),
+        recipe=settings_table(recipe, with_source=False) if recipe else "",
+        claim=claim_parts(facts.result) if facts.result else None,
+        band_note=BAND_NOTE,
+        source=f"src/{module.replace('.', '/')}.py",
+        reproducible=facts.result is not None or _has_claim(slug),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def catalogue_page() -> str:
+    """All entries by family, with their status."""
+    families: dict[str, list[Entry]] = {}
+    for entry in entries().values():
+        family = "baselines" if entry.status == "baseline" else entry.family
+        families.setdefault(family, []).append(entry)
+    families["baselines"] = families.pop("baselines")
+    published = [entry for entry in entries().values() if entry.status != "baseline"]
+    paged = {entry.slug for entry in documented()}
+    return TEMPLATES.get_template("catalogue.md").render(
+        families=families,
+        published=len(published),
+        ready=sum(entry.status == "ready" for entry in published),
+        paged=paged,
+        links={entry.slug: paper_facts(entry.slug)["link"] for entry in entries().values()},
+        status=_status,
+        verdicts={slug: _verdict(entries()[slug]) for slug in paged},
+        cell=cell,
+    )
+
+
+def settings_table(facts: Iterable[SettingFact], *, with_source: bool = True) -> str:
+    """Settings as a Markdown table."""
+    heads = ["Key", "Default", "Values", "Meaning"] + (["Source of the default"] * with_source)
+    rows = [
+        [f"`{fact.key}`", _code(fact.default), cell(fact.values), cell(fact.meaning)]
+        + ([cell(fact.source)] if with_source else [])
+        for fact in facts
+    ]
+    return _table(heads, rows)
+
+
+def prose(docstring: str) -> str:
+    """A docstring as Markdown: its indented equations as they are, nothing else as markup."""
+    lines = []
+    for line in docstring.splitlines():
+        parts = re.split(r"(`[^`]*`)", line)
+        quoted = [
+            part if part.startswith("`") else re.sub(r"([*<\\])", r"\\\1", part) for part in parts
+        ]
+        lines.append(line if line.startswith("    ") else "".join(quoted))
+    return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return re.sub(r"([*<\\|])", r"\\\1", " ".join(text.split()))
+
+
+def formats_table() -> str:
+    """The data formats with the columns that each needs."""
+    rows = []
+    for format, columns in REQUIRED.items():
+        also = "; ".join(
+            f"`{ours}`: " + ", ".join(f"`{name}`" for name in theirs)
+            for ours, theirs in SYNONYMS.get(format, {}).items()
+        )
+        rows.append([f"`{format}`", ", ".join(f"`{column}`" for column in columns), also])
+    return _table(["Format", "Columns", "Also accepted"], rows)
+
+
+def verifiers_table() -> str:
+    """The rewards that the library brings, with their settings."""
+    rows = []
+    for name, maker in VERIFIERS.items():
+        summary = (inspect.getdoc(maker) or "").split("\n\n")[0]
+        settings = [
+            str(parameter).partition(":")[0]
+            + ("" if parameter.default is parameter.empty else f" = {parameter.default!r}")
+            for parameter in inspect.signature(maker).parameters.values()
+        ]
+        rows.append([f"`{name}`", cell(summary), ", ".join(map(_code, settings))])
+    return _table(["Name", "Reward", "Settings"], rows)
+
+
+def loop_settings_table() -> str:
+    """The settings of the training loop."""
+    return settings_table(setting_facts(LoopSettings), with_source=False)
+
+
+def commands_help() -> str:
+    """What every command's `--help` prints."""
+    parts = []
+    with click.Context(main, info_name="postgrad") as parent:
+        for name, command in main.commands.items():
+            with click.Context(command, info_name=name, parent=parent) as context:
+                parts.append(f"## postgrad {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+FILLED: dict[str, Callable[[], str]] = {
+    "formats": formats_table,
+    "verifiers": verifiers_table,
+    "loop-settings": loop_settings_table,
+    "commands": commands_help,
+}
+
+
+def _named(part: Any) -> Iterable[tuple[str, Any]]:
+    return part.items() if isinstance(part, dict) else ()
+
+
+def _method_navigation() -> list[Any]:
+    families: dict[str, list[Any]] = {}
+    for entry in documented():
+        family = "baselines" if entry.status == "baseline" else entry.family
+        families.setdefault(family, []).append({entry.slug: f"methods/{entry.slug}.md"})
+    return ["methods/index.md", *({family: pages} for family, pages in families.items())]
+
+
+def _status(entry: Entry) -> str:
+    if entry.status == "planned" and entry.python is not None:
+        return "implemented, its claim has not been run"
+    return entry.status
+
+
+def _verdict(entry: Entry) -> str:
+    result = entry.result()
+    return "" if result is None else str(result["holds"])
+
+
+def _has_claim(slug: str) -> bool:
+    claims = {found.name for found in pkgutil.iter_modules([str(ROOT / "src/postgrad/claims")])}
+    return slug.replace("-", "_") in claims
+
+
+def _modules(package: str) -> list[str]:
+    """The dotted names of a package's modules, relative to it."""
+    folder = ROOT / "src" / package.replace(".", "/")
+    found = pkgutil.walk_packages([str(folder)])
+    return sorted(module.name for module in found if not module.ispkg)
+
+
+def _reference(package: str, title: str, modules: Iterable[str]) -> str:
+    blocks = [f"::: {package}.{name}\n" for name in modules]
+    return f"# {title}\n\n" + "\n".join(blocks)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
