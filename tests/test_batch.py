@@ -1,12 +1,12 @@
 import pytest
 import torch
-from regression import Regression, RegressionSettings
 
 from postgrad.batch import Batch
 from postgrad.config import LoopSettings
 from postgrad.methods.base import Place
 from postgrad.sampling.epochs import Epochs
 from postgrad.training.optimise import Optimisers
+from regression import Regression, RegressionSettings
 
 
 def ragged():

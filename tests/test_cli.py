@@ -85,9 +85,11 @@ def test_training_leaves_a_complete_run_and_can_be_inspected(call, tmp_path):
     assert "reward" in call("evaluate", "run", "--task", "addition", "--limit", 2).stdout
     again = call("train", "--config", "run/config.yaml", "output=again", "report=false")
     assert again.exit_code == 0, again.output
+
     def losses(folder):
         lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line).get("loss") for line in lines]
+
     assert losses("run") == losses("again")
 
 
@@ -156,7 +158,10 @@ def test_mistakes_on_the_command_line(refused, pattern, arguments):
     [
         ("d.jsonl: .*(empty|no rows)", ""),
         ("d.jsonl.*(row|line) 2", json.dumps(PAIR) + "\n{broken\n"),
-        ("d.jsonl, row 2.*rejected", "\n".join(map(json.dumps, [PAIR, {"prompt": "x", "chosen": "y"}]))),
+        (
+            "d.jsonl, row 2.*rejected",
+            "\n".join(map(json.dumps, [PAIR, {"prompt": "x", "chosen": "y"}])),
+        ),
         ("d.jsonl, row 1.*chosen", json.dumps({**PAIR, "chosen": None})),
         ("d.jsonl, row 1.*prompt", json.dumps({**PAIR, "prompt": ""})),
         ("d.jsonl, row 1.*same|identical", json.dumps({**PAIR, "rejected": "good"})),
@@ -241,7 +246,9 @@ def _cpu_of_children():
 
 
 def test_import_is_light():
-    program = "import sys, postgrad; assert 'torch' not in sys.modules; assert callable(postgrad.train)"
+    program = (
+        "import sys, postgrad\nassert 'torch' not in sys.modules\nassert callable(postgrad.train)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -253,5 +260,5 @@ def test_completion_scripts(call):
 def test_doctor(call):
     told = call("doctor")
     assert told.exit_code == 0, told.output
-    for expected in ("torch", "extra" , "smollm2"):
+    for expected in ("torch", "extra", "smollm2"):
         assert expected in told.stdout.lower()

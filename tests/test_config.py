@@ -85,7 +85,11 @@ def test_configuration_files(tmp_path):
     good = tmp_path / "good.yaml"
     good.write_text("beta: 0.3\n")
     assert read_yaml(good) == {"beta": 0.3}
-    for name, text in [("bad.yaml", "beta: [1"), ("list.yaml", "- 1"), ("py.yaml", "!!python/name:os.system")]:
+    for name, text in [
+        ("bad.yaml", "beta: [1"),
+        ("list.yaml", "- 1"),
+        ("py.yaml", "!!python/name:os.system"),
+    ]:
         path = tmp_path / name
         path.write_text(text)
         with pytest.raises(PostgradError, match=name) as caught:

@@ -184,6 +184,7 @@ def test_the_site_builds_without_a_warning_or_a_request(tmp_path: Path) -> None:
     )  # fmt: skip
     assert built.returncode == 0, built.stdout + built.stderr
     page = (tmp_path / "site" / "methods" / "rdpo.html").read_text(encoding="utf-8")
+    assert "RobustDPO" in re.sub(r"<[^>]*>", "", page.partition('id="source"')[2])
     loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="([^"]+)"', page)
     assert loaded
     assert not [address for address in loaded if re.match(r"(https?:)?//", address)]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from postgrad import api
+from postgrad.claims.base import load_claim
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
 from postgrad.methods.representation.isogclr import ISogCLR, ISogCLRSettings
@@ -298,6 +299,15 @@ def test_images_from_python_have_no_test_split():
     method = SimCLR(SimCLRSettings(), Place(0), data=images)
     assert method.evaluate() == {}
     assert len(method.source) == len(images)
+
+
+@pytest.mark.parametrize("arm", ["SimCLR, tau 0.1", "SogCLR, tau 0.1", "iSogCLR, tau from 0.1"])
+def test_the_claim_runs_quickly(arm):
+    claim = load_claim("isogclr")
+    outcome = claim.run(arm, 0, True)
+    assert 0 < outcome.values[claim.metric] <= 1
+    assert len(outcome.curves[claim.metric]) == 2
+    assert ("mean tau by class" in outcome.curves) == arm.startswith("iSogCLR")
 
 
 # Faults ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import signal
 import numpy
 import pytest
 import torch
-from regression import Regression, RegressionSettings
 from safetensors.torch import load_file
 
 from postgrad.config import LoopSettings
@@ -19,6 +18,7 @@ from postgrad.training.loop import EarlyStop, Loop, pick_device, writable
 from postgrad.training.optimise import learning_rate_factor
 from postgrad.training.record import RunFolder, read_rows
 from postgrad.training.tree import flatten, unflatten
+from regression import Regression, RegressionSettings
 
 
 class Listener(Silent):
@@ -254,7 +254,7 @@ def test_state_trees_survive_the_round_trip():
     assert again["nested"][0]["a"].dtype == torch.bfloat16
     assert again["nested"][1] == -float("inf")
     assert again["empty"] == {}
-    with pytest.raises(TypeError, match="root.x holds a object"):
+    with pytest.raises(TypeError, match=r"root\.x holds a object"):
         flatten({"x": object()})
 
 

@@ -57,7 +57,8 @@ def train(
     }
     objects = {name: value for name, value in settings.items() if not _plain(value)}
     named = {name: f"<{type(value).__name__} object>" for name, value in objects.items()}
-    loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named})
+    paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+    loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named, **paths})
     return _start(method, loop, own, objects, quiet)
 
 

@@ -104,9 +104,10 @@ def train(
     """Train METHOD; its settings as KEY=VALUE (see `postgrad show METHOD`)."""
     from postgrad.config import merge, parse_overrides, read_yaml
 
+    words = list(settings)
     if method is not None and "=" in method:
-        method, settings = None, (method, *settings)
-    values = parse_overrides(settings)
+        words, method = [method, *words], None
+    values = parse_overrides(words)
     for name, value in (("model", model), ("data", data)):
         if value is not None:
             values = merge(values, {name: value})
@@ -131,8 +132,8 @@ def train(
             f"  postgrad train --resume {done.folder}"
         )
         sys.exit(130)
-    for name, value in done.evaluation.items():
-        click.echo(f"{name}: {value:.4g}")
+    for name, number in done.evaluation.items():
+        click.echo(f"{name}: {number:.4g}")
     report = done.folder / "report.html"
     click.echo(f"run folder: {done.folder}" + (f"\nreport: {report}" if report.exists() else ""))
 

@@ -37,7 +37,8 @@ def compare(
         for method in methods:
             folder = output / f"{method}-seed{seed}"
             say(f"{method}, seed {seed}: {plans[method]} steps in {folder}")
-            own = {"steps": plans[method], "seed": seed, "evaluate_every": max(1, plans[method] // 5)}
+            steps = plans[method]
+            own = {"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 5)}
             _train(method, folder, merge(own, settings))
             rows = read_rows(folder / METRICS)
             runs.append({"method": method, "seed": seed, "metrics": rows})
@@ -81,7 +82,8 @@ def _table(methods: Sequence[str], runs: list[dict[str, Any]]) -> str:
         if name.startswith("evaluation/")
         and all(name in final for each in finals.values() for final in each)
     ]
-    lines = ["method".ljust(20) + "".join(name.removeprefix("evaluation/").rjust(26) for name in shared)]
+    titles = [name.removeprefix("evaluation/").rjust(26) for name in shared]
+    lines = ["method".ljust(20) + "".join(titles)]
     for method in methods:
         cells = []
         for name in shared:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.config import JsonDict
 
 from postgrad.errors import PostgradError
 
@@ -20,7 +21,7 @@ def setting(default: Any, meaning: str, *, source: str = "", **bounds: Any) -> A
 
     `bounds` are pydantic's (`gt`, `ge`, `lt`, `le`, `min_length`, …).
     """
-    extra = {"source": source} if source else None
+    extra: JsonDict | None = {"source": source} if source else None
     if isinstance(default, (list, dict, BaseModel)):
         return Field(
             default_factory=lambda: _copy(default),
@@ -150,9 +151,10 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 def nest(dotted: str, value: Any) -> dict[str, Any]:
     """`nest("a.b", 1)` is `{"a": {"b": 1}}`."""
-    for part in reversed(dotted.split(".")):
+    first, *inner = dotted.split(".")
+    for part in reversed(inner):
         value = {part: value}
-    return value
+    return {first: value}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

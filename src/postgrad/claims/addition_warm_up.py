@@ -95,4 +95,5 @@ def greedy_accuracy(policy: LanguagePolicy, rows: list[Row]) -> float:
     greedy = SamplingSettings(max_new_tokens=TOKENS, temperature=0.0)
     with torch.no_grad():
         texts = generate(policy, prompts, greedy, seeds=[0] * len(prompts)).texts
-    return sum(t == row["answer"] for t, row in zip(texts, rows, strict=True)) / len(rows)
+    right = [t == row["answer"] for t, row in zip(texts, rows, strict=True)]
+    return sum(right) / len(rows)

@@ -16,7 +16,7 @@ from postgrad.claims.opinions import (
 from postgrad.objectives.pairwise import logistic, margin
 from postgrad.seeding import generator
 
-STEPS = 60
+STEPS = 100
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO": ("dpo", {"learning_rate": 1e-4}),
     "cDPO": ("dpo", {"learning_rate": 1e-4, "label_smoothing": 0.1}),
@@ -35,7 +35,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
             "tabular KL to the optimum": tabular_divergence(seed),
         }
     outcome = trained(
-        slug, settings, policy, rows, seed, steps=5 if quick else STEPS, count=1 if quick else 8
+        slug, settings, policy, rows, seed, steps=5 if quick else STEPS, count=1 if quick else 4
     )
     return Outcome({**outcome.values, **exact}, outcome.curves)
 

@@ -51,7 +51,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         with torch.no_grad():
             text = load("docstrings", split="test", format="text").first(2 if quick else 24)
             before = next_token_loss(load_policy(model, seed=seed), text, max_tokens=128)
-            after = next_token_loss(done.method.modules()["policy"], text, max_tokens=128)
+            after = next_token_loss(load_policy(str(path / "model")), text, max_tokens=128)
     first = rows[0]
     values = {
         "mrr": done.evaluation["mrr"],

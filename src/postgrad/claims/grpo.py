@@ -12,7 +12,7 @@ STEPS, PROMPTS, SAMPLES = 120, 32, 8
 EVALUATE_EVERY, EVALUATED, TESTED = 20, 300, 2000
 METRIC = "accuracy"
 
-# learning rates: the best of 1e-4, 3e-4 and 1e-3 for each arm on seed 100, which is not reported
+# learning rates: see the notes
 ARMS: dict[str, dict[str, Any]] = {
     "GRPO": {"learning_rate": 3e-4},
     "Dr. GRPO": {
@@ -75,3 +75,25 @@ def trained(
         "degenerate groups at the end": recent("degenerate groups"),
     }
     return Outcome(values, curves)
+
+
+CLAIM = Claim(
+    slug="grpo",
+    statement="From the same number of samples GRPO learns more than online rejection fine-tuning, "
+    "which raises every correct response by the same weight and lowers none.",
+    task="addition: a small transformer, warmed up until it solves about half of the 3-digit sums; "
+    "120 steps of 32 fresh prompts (a third each of 1, 2 and 3 digits) with 8 samples; accuracy of "
+    "greedy answers to 2000 unseen 3-digit sums",
+    metric=METRIC,
+    higher_is_better=True,
+    method="GRPO",
+    baseline="online rejection fine-tuning",
+    arms=tuple(ARMS),
+    run=run,
+    notes="Learning rates 1e-4, 3e-4 and 1e-3 were tried for every arm on seeds 100 and 101, which "
+    "are not reported; 3e-4 was best for all. There the paper's KL coefficient of 0.04 changed GRPO "
+    "little (0.67 instead of 0.68), and 300 steps widened the gap in favour of rejection "
+    "fine-tuning (0.86 to 0.75). With rewards of 0 and 1 and one step a rollout the expected "
+    "gradients of rejection fine-tuning and Dr. GRPO are equal, so the arms differ by noise and "
+    "normalisation alone; the paper's comparison has the graded rewards of a reward model.",
+)

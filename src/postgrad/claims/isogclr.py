@@ -34,6 +34,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         for tau in TEMPERATURES
     },
     "iSogCLR, tau from 0.1, rho 0.3": ("isogclr", {"tau_init": 0.1, "rho": 0.3}),
+    "iSogCLR, tau from 0.1, gamma 1": ("isogclr", {"tau_init": 0.1, "rho": RHO, "gamma": 1.0}),
 }
 
 
@@ -56,7 +57,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
             if f"evaluation/{METRIC}" in row
         ]
     }
-    if isinstance(done.method, ISogCLR):
+    if isinstance(done.method, ISogCLR) and own.get("eta") != 0:
         found = done.method.tau_by_class().tolist()
         curves["mean tau by class"] = [(float(c), round(t, 4)) for c, t in enumerate(found)]
     return Outcome(values, curves)
@@ -79,5 +80,17 @@ CLAIM = Claim(
     baseline="SimCLR, tau 0.1",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes=(
+        "Tuned on validation images of other splits (3 seeds), with as many trials an arm: SimCLR's "
+        "tau over the four shown, iSogCLR's rho over 0.1, 0.3, 1 and 2 (best: 2), the learning rate "
+        "over 5e-4, 2e-3 and 5e-3 (best for both: 2e-3). What the paper says of robustness is seen: "
+        "between the best and the worst starting temperature of a seed, accuracy differs by 0.03 on "
+        "average for iSogCLR, by 0.06 for SogCLR and by 0.09 for SimCLR. At the recommended rho of "
+        "0.3 the mean temperature of a class goes with its frequency (Spearman's correlation 0.5 on "
+        "average, positive for every seed); at rho 2 it does not. What iSogCLR loses to SimCLR seems "
+        "to be the price of the moving average of the normaliser, which is an epoch old at every "
+        "visit: without it (gamma 1, an arm added after the others had been seen) the difference is "
+        "within the noise. Digits stand at random places because on the plain 8 x 8 images "
+        "SimCLR's accuracy hardly depends on its temperature."
+    ),
 )

@@ -156,7 +156,7 @@ def trained(
     *,
     steps: int,
     every: int = 5,
-    count: int = 8,
+    count: int = 4,
 ) -> Outcome:
     """Train and follow reward and KL; values are the rewards within a budget of KL.
 
@@ -172,7 +172,7 @@ def trained(
         steps=steps,
         batch_size=32,
         max_response_tokens=TOKENS,
-        warmup_steps=0,
+        warmup_steps=10,
         schedule="constant",
         **settings,
     )
@@ -198,5 +198,5 @@ def trained(
 def _both(policy: LanguagePolicy, count: int, seed: int, step: int) -> tuple[Measured, Measured]:
     return (
         measure(policy, count, "validation", seed, step),
-        measure(policy, count, "test", seed, step),
+        measure(policy, 2 * count, "test", seed, step),
     )

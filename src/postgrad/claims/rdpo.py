@@ -14,7 +14,7 @@ PAIRS, FLIP_RATE = 4000, 0.3
 FLIP_RATES = (0.0, 0.1, 0.2, 0.3, 0.4)
 ASSUMED_RATES = (0.0, 0.1, 0.2, 0.25, 0.3, 0.35)
 SIZES = (1000, 2000, 4000, 8000, 16000)
-STEPS = 60
+STEPS = 100
 METRIC = "gap to the optimum"
 
 # each loss of the margins Delta `[B]`, given the flip rate that it assumes
@@ -46,7 +46,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         preferences(policy, seed, FLIP_RATE),
         seed,
         steps=5 if quick else STEPS,
-        count=1 if quick else 8,
+        count=1 if quick else 4,
     )
     return Outcome(
         exact.values | {f"opinions: {name}": value for name, value in found.values.items()},

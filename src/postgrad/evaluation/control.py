@@ -1,6 +1,7 @@
 """Evaluating control policies: returns of whole episodes that are the same for every policy."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def evaluate_policy(policy: Policy, make: MakeEnvironment, episodes: int) -> dic
     device = next(policy.parameters()).device
     unit = policy.shape.kind == "squashed-gaussian"
     environments = Environments(make, episodes, EVALUATION_SEED, unit_actions=unit)
-    first = {}
+    first: dict[int, Any] = {}
     for _ in range(LONGEST_EPISODE):
         observations = torch.from_numpy(environments.observations).to(device)
         for end in environments.step(policy.act(observations).cpu()).finished:

@@ -38,7 +38,6 @@ def write_claim_report(result: Mapping[str, Any], path: str | Path) -> Path:
         "claim.html",
         about=paper_facts(result["slug"]),
         facts=[
-            ("Task", result["task"]),
             ("Metric", result["metric"]),
             ("Seeds", str(seeds)),
             ("Arms", str(len(result["arms"]))),

@@ -37,7 +37,7 @@ def environment_maker(
         gymnasium = _gymnasium()
         limit = {} if episode_limit is None else {"max_episode_steps": episode_limit}
         try:
-            environment: gymnasium.Env[Any, Any] = gymnasium.make(
+            environment = gymnasium.make(
                 name, disable_env_checker=True, **limit, **(settings or {})
             )
         except gymnasium.error.UnregisteredEnv as error:
@@ -98,6 +98,7 @@ def spaces_of(environment: "gymnasium.Env[Any, Any]") -> Spaces:
     """The spaces of an environment whose observations are vectors, or a `PostgradError`."""
     gymnasium = _gymnasium()
     seen, done = environment.observation_space, environment.action_space
+    assert seen.shape is not None  # observations are vectors
     size = seen.shape[0]
     if isinstance(done, gymnasium.spaces.Discrete):
         return Spaces(size, int(done.n), True, first_action=int(done.start))

@@ -83,7 +83,7 @@ class Terminal:
         for key, value in rows[0].items():
             if isinstance(value, float):
                 table.add_row(key, f"{value:.4g}")
-            elif isinstance(value, str):
+            elif isinstance(value, str) and not value.startswith("data:"):
                 # a sample is a model's words: shown as text, never as markup
                 table.add_row(key, Text(value if len(value) <= 400 else value[:400] + " …"))
         self._console.print(table)

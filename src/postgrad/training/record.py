@@ -53,8 +53,10 @@ class RunFolder:
                 f"cannot write the run folder {self.path}: {error.strerror}"
             ) from error
 
-    def open(self, config: dict[str, Any], step: int = 0, rows: dict[str, int] | None = None) -> None:
-        """Be ready to append after `step`, keeping as many `rows` of each file as were there then."""
+    def open(
+        self, config: dict[str, Any], step: int = 0, rows: dict[str, int] | None = None
+    ) -> None:
+        """Be ready to append after `step`, keeping the `rows` that each file had then."""
         self.rows = {METRICS: 0, SAMPLES: 0} | (rows or {})
         for name, count in self.rows.items():
             path = self.path / name
@@ -64,8 +66,7 @@ class RunFolder:
             temporary.replace(path)
         make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
         self._trackers = [
-            make[tracker](self.path, self._name, config, step)
-            for tracker in self._tracker_names
+            make[tracker](self.path, self._name, config, step) for tracker in self._tracker_names
         ]
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

@@ -38,7 +38,7 @@ class LoraOptions(Settings):
     """Low-rank adapters (peft)."""
 
     rank: int = setting(16, "rank of the update", gt=0)
-    alpha: float = setting(32.0, "scale: the update is multiplied by alpha / rank", gt=0)
+    alpha: int = setting(32, "scale: the update is multiplied by alpha / rank", gt=0)
     targets: str | list[str] = setting("all-linear", "which layers: all-linear, or their names")
 
 

@@ -102,8 +102,7 @@ class ClippedPolicyGradient(Method):
             finished=rollouts.finished,
             texts=rollouts.texts,
             step=torch.full((len(lengths),), step),
-            **{f"{TERM}{name}": term for name, term in terms.items()},
-        )
+        ).with_fields(**{f"{TERM}{name}": term for name, term in terms.items()})
         if self.config.epochs * self.config.minibatches > 1:
             with timed("scoring"), torch.no_grad():
                 batch = batch.with_fields(old_logprobs=self._score(batch).logprobs.cpu())
