@@ -8,7 +8,7 @@ ifeq ($(shell command -v nvidia-smi),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: train test lint types contract docs claims clean
+.PHONY: train test lint types contract docs clean
 
 train: .venv/ready
 	.venv/bin/postgrad train --config recipes/grace.yaml
@@ -27,7 +27,7 @@ contract: .venv/ready
 	.venv/bin/lint-imports
 
 docs: .venv/ready
-	.venv/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 # torch comes first and alone, so that the extra index is asked for torch only
 .venv/ready: pyproject.toml constraints.txt Makefile

@@ -163,6 +163,31 @@ def test_a_run_report_shows_evaluations_settings_and_provenance(tmp_path: Path) 
     }
 
 
+def evaluation_rows(folder: Path) -> list[list[str]]:
+    text = write_run_report(folder).read_text(encoding="utf-8")
+    table = text.partition('id="evaluation"')[2].partition("</table>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>(?:<strong>)?([^<]*)", row)[:4] for row in rows]
+
+
+def test_an_evaluation_stands_under_the_step_at_which_it_was_made(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, "evaluation/mrr": 0.25, "evaluation/base_only/mrr": 0.5},
+        {"step": 2, "evaluation/mrr": 0.5},
+        {"step": 4, "evaluation/mrr": 0.75, "evaluation/late": 0.125},
+    ]
+    assert evaluation_rows(run_folder(tmp_path / "several", rows)) == [
+        ["Metric", "Before training", "After step 4", "Change"],
+        ["mrr", "0.2500", "0.7500", "+0.500"],
+        ["base only / mrr", "0.5000", "–", "–"],
+        ["late", "–", "0.1250", "–"],
+    ]
+    first = evaluation_rows(run_folder(tmp_path / "first", rows[:1]))
+    assert first[1] == ["mrr", "0.2500", "–", "–"]
+    last = evaluation_rows(run_folder(tmp_path / "last", rows[2:]))
+    assert last[1] == ["mrr", "–", "0.7500", "–"]
+
+
 def test_a_run_report_marks_loop_settings_that_were_changed(tmp_path: Path) -> None:
     text, _ = read(write_run_report(run_folder(tmp_path / "run", clip_norm=0.25)))
     changed = re.findall(r'<tr class="changed"><th[^>]*>([^<]+)', text)

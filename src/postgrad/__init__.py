@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from postgrad.api import resume, train
     from postgrad.claims.run import reproduce
-    from postgrad.compare import compare
+    from postgrad.comparison import compare
     from postgrad.inspection import evaluate, sample
 
 # imported at first use: `import postgrad` itself loads no torch
@@ -20,7 +20,7 @@ _HOMES = {
     "train": "postgrad.api",
     "resume": "postgrad.api",
     "reproduce": "postgrad.claims.run",
-    "compare": "postgrad.compare",
+    "compare": "postgrad.comparison",
     "evaluate": "postgrad.inspection",
     "sample": "postgrad.inspection",
 }
@@ -30,7 +30,6 @@ __all__ = ["compare", "evaluate", "reproduce", "resume", "sample", "train"]
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        # not the submodule of the same name: `postgrad.compare` is the function
         found = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = found
         return found

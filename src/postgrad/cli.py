@@ -207,7 +207,7 @@ def compare(
     """Train several METHODS on the same data, samples and seeds; a table and a page."""
     for method in methods:
         _known(method)
-    from postgrad.compare import compare as run_comparison
+    from postgrad.comparison import compare as run_comparison
     from postgrad.config import merge, parse_overrides
 
     values = merge(parse_overrides(settings), {"data": data})

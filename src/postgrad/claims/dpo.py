@@ -18,9 +18,9 @@ from postgrad.seeding import generator
 
 STEPS = 100
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DPO": ("dpo", {"learning_rate": 1e-4}),
-    "cDPO": ("dpo", {"learning_rate": 1e-4, "label_smoothing": 0.1}),
-    "Preferred-FT": ("sft", {"learning_rate": 1e-4}),
+    "DPO": ("dpo", {"learning_rate": 3e-5}),
+    "cDPO": ("dpo", {"learning_rate": 3e-5, "label_smoothing": 0.1}),
+    "Preferred-FT": ("sft", {"learning_rate": 3e-4}),
 }
 
 
@@ -35,7 +35,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
             "tabular KL to the optimum": tabular_divergence(seed),
         }
     outcome = trained(
-        slug, settings, policy, rows, seed, steps=5 if quick else STEPS, count=1 if quick else 4
+        slug, settings, policy, rows, seed, steps=5 if quick else STEPS, count=1 if quick else 10
     )
     return Outcome({**outcome.values, **exact}, outcome.curves)
 
@@ -73,11 +73,17 @@ CLAIM = Claim(
     "supervised fine-tuning on the preferred responses (Preferred-FT).",
     task="a tiny language model writes opinions such as `the soup was warm, old and bitter.`; gold "
     "reward = approving words - disapproving words (8 words each, -3 to 3); 300 pairs drawn from "
-    "the reference on 150 subjects, Bradley-Terry labels; measured on 50 other subjects",
+    "the reference on 150 subjects, Bradley-Terry labels; measured on 30 other subjects",
     metric=METRIC,
     higher_is_better=True,
     method="DPO",
     baseline="Preferred-FT",
     arms=tuple(ARMS),
     run=run,
+    notes="All arms see the same pairs (Preferred-FT their chosen half) in 100 steps of 32. "
+    "Learning rates 3e-5, 1e-4 and 3e-4 were tried for DPO and Preferred-FT and the first two for "
+    "cDPO (label smoothing 0.1), all on seed 100, which is not reported. Every fifth step is "
+    "measured; the step that counts is chosen on 20 validation subjects. KL is estimated from 300 "
+    "samples. Within 0.25 nats the two are close: Preferred-FT stops at the quality of the chosen "
+    "responses, and at a small KL it gets there as well as DPO does.",
 )

@@ -44,11 +44,11 @@ def gold(text: str) -> float:
     return float(sum((w in APPROVING) - (w in DISAPPROVING) for w in words))
 
 
-def subjects() -> tuple[list[str], list[str]]:
-    """Prompts to train on and others to measure on: `the soup was` and 199 more."""
+def subjects() -> dict[str, list[str]]:
+    """The prompts, `the soup was` and 199 more, to train on, to choose by and to report on."""
     every = [f"{owner} {thing} was" for owner in OWNERS for thing in THINGS]
     random.Random(0).shuffle(every)
-    return every[:150], every[150:]
+    return {"training": every[:150], "validation": every[150:170], "test": every[170:]}
 
 
 def reference_policy(seed: int, steps: int = _STEPS) -> LanguagePolicy:
@@ -102,17 +102,17 @@ def sample(policy: LanguagePolicy, prompts: list[str], count: int, *stream: Any)
 
 
 def preferences(policy: LanguagePolicy, seed: int, flip_rate: float = 0.0) -> list[dict[str, str]]:
-    """Two pairs of different opinions on every training subject, labelled by Bradley-Terry.
+    """Two pairs of different, not empty, opinions on a training subject, labelled by Bradley-Terry.
 
     P(a over b) = sigma(gold(a) - gold(b)); each label is then flipped with `flip_rate`, once.
     """
-    prompts, _ = subjects()
+    prompts = subjects()["training"]
     texts = sample(policy, prompts, 4, "pairs", seed).texts
     chance = torch.rand(len(texts) // 2, 2, generator=generator(seed, "labels")).tolist()
     rows = []
     for i, (label, flip) in enumerate(chance):
         first, second = texts[2 * i], texts[2 * i + 1]
-        if first == second:
+        if first == second or not (first.strip() and second.strip()):
             continue
         wins = torch.sigmoid(torch.tensor(gold(first) - gold(second))).item()
         if (label < wins) == (flip < flip_rate):
@@ -129,9 +129,9 @@ class Measured:
     divergence: float
 
 
-def measure(policy: LanguagePolicy, count: int, *stream: Any) -> Measured:
-    """`count` opinions on every held-out subject; KL = mean log pi(y) - log pi_ref(y), in nats."""
-    rollouts = sample(policy, subjects()[1], count, *stream)
+def measure(policy: LanguagePolicy, split: str, count: int, *stream: Any) -> Measured:
+    """`count` opinions on every subject of a split; KL = mean log pi(y)/pi_ref(y), in nats."""
+    rollouts = sample(policy, subjects()[split], count, split, *stream)
     with torch.no_grad():
         now = policy.score(rollouts.prompts, rollouts.responses).logprobs.sum(1)
         with policy.reference():
@@ -142,7 +142,7 @@ def measure(policy: LanguagePolicy, count: int, *stream: Any) -> Measured:
 
 def best_of_four(policy: LanguagePolicy, seed: int) -> float:
     """Mean gold reward when the gold reward itself picks one of four; a KL of 0.64 nats."""
-    texts = sample(policy, subjects()[1], 4, "best of four", seed).texts
+    texts = sample(policy, subjects()["test"], 4, "best of four", seed).texts
     best = [max(map(gold, texts[i : i + 4])) for i in range(0, len(texts), 4)]
     return sum(best) / len(best)
 
@@ -156,12 +156,12 @@ def trained(
     *,
     steps: int,
     every: int = 5,
-    count: int = 4,
+    count: int = 10,
 ) -> Outcome:
     """Train and follow reward and KL; values are the rewards within a budget of KL.
 
-    Of the steps whose KL on validation samples is within a budget, the one with the best reward on
-    these samples counts (perhaps the start); its reward on other samples is the value.
+    Of the steps whose KL on validation subjects is within a budget, the one with the best reward
+    there counts (perhaps the start); its reward on test subjects is the value.
     """
     policy.freeze_reference()
     measured = [(0, *_both(policy, count, seed, 0))]
@@ -197,6 +197,6 @@ def trained(
 
 def _both(policy: LanguagePolicy, count: int, seed: int, step: int) -> tuple[Measured, Measured]:
     return (
-        measure(policy, count, "validation", seed, step),
-        measure(policy, 2 * count, "test", seed, step),
+        measure(policy, "validation", count, seed, step),
+        measure(policy, "test", count, seed, step),
     )

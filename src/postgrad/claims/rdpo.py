@@ -46,7 +46,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         preferences(policy, seed, FLIP_RATE),
         seed,
         steps=5 if quick else STEPS,
-        count=1 if quick else 4,
+        count=1 if quick else 10,
     )
     return Outcome(
         exact.values | {f"opinions: {name}": value for name, value in found.values.items()},
@@ -92,4 +92,10 @@ CLAIM = Claim(
     baseline="DPO",
     arms=tuple(ARMS),
     run=run,
+    notes="Every arm is fitted to the same pairs until L-BFGS stops; nothing is tuned. rDPO and "
+    "cDPO are told the true flip rate; `gap over assumed flip rate` shows what a wrong one costs: "
+    "too high is worse than too low. The values called opinions are those of the set-up of DPO's "
+    "claim (a tiny language model, 300 pairs, 100 steps at a learning rate of 1e-4, which was best "
+    "of 3e-5 and 1e-4 for all three on seed 100) with the same 30 % of labels flipped. There rDPO "
+    "also spends more KL than the others, so at a given KL it is not ahead.",
 )

@@ -86,26 +86,30 @@ def _named(value: Any) -> str:
 
 
 def _evaluation_table(evaluations: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
+    """Every metric at the first and at the last evaluation, where it was measured there."""
+    steps = sorted({step for points in evaluations.values() for step, _ in points})
+    first, last = (steps[0], steps[-1]) if steps else (0.0, 0.0)
     rows = []
     for name, points in evaluations.items():
-        (_, first), (_, last) = points[0], points[-1]
-        several = len(points) > 1
-        change = number(last - first, 3)
+        values = dict(points)
+        before = values.get(first) if first < last or first == 0 else None
+        after = values.get(last) if first < last or last > 0 else None
+        change = "–"
+        if before is not None and after is not None:
+            change = ("+" if after > before else "") + number(after - before, 3)
         rows.append(
             {
-                "name": name.replace("_", " "),
-                "before": number(first) if several else "–",
-                "after": number(last),
-                "change": ("+" if last > first else "") + change if several else "–",
+                "name": _spoken(name),
+                "before": "–" if before is None else number(before),
+                "after": "–" if after is None else number(after),
+                "change": change,
                 "spark": sparkline(thin(points, 60)),
             }
         )
-    steps = sorted({step for points in evaluations.values() for step, _ in points})
-    first = steps[0] if steps else 0
     return {
         "evaluations": rows,
         "before": "Before training" if first == 0 else f"After step {first:,.0f}",
-        "after": f"After step {steps[-1]:,.0f}" if steps else "",
+        "after": f"After step {last:,.0f}" if last else "After training",
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from postgrad import api
 from postgrad.catalogue import method_class
-from postgrad.config import flat, merge, read_yaml, resolve
+from postgrad.config import flat, merge, resolve
 from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval
 from postgrad.reports.compare import write_compare_report
@@ -31,43 +31,49 @@ def compare(
     output = output or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if len(set(methods)) < len(methods):
         raise PostgradError("a method is named twice")
-    plans = {method: _steps(method, budget, settings) for method in methods}
+    costs = {method: _samples_a_step(method, settings) for method in methods}
+    for method, cost in costs.items():
+        if budget < cost:
+            raise PostgradError(f"budget: {method} needs at least {cost} samples for one step")
     runs = []
     for seed in range(seeds):
         for method in methods:
             folder = output / f"{method}-seed{seed}"
-            say(f"{method}, seed {seed}: {plans[method]} steps in {folder}")
-            steps = plans[method]
+            steps = budget // costs[method]
+            say(f"{method}, seed {seed}: {steps} steps in {folder}")
             own = {"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 5)}
             _train(method, folder, merge(own, settings))
             rows = read_rows(folder / METRICS)
-            runs.append({"method": method, "seed": seed, "metrics": rows})
+            used = steps * costs[method]
+            runs.append({"method": method, "seed": seed, "metrics": rows, "samples": used})
     title = f"{', '.join(methods)}: {budget} samples each"
     config = {key: str(value) for key, value in flat(settings).items()}
     page = write_compare_report(runs, output / "report.html", title=title, config=config)
     return _table(methods, runs), page
 
 
-def _steps(method: str, budget: int, settings: dict[str, Any]) -> int:
-    """How many steps use up the budget under the method's batch size (and samples a prompt)."""
+def _samples_a_step(method: str, settings: dict[str, Any]) -> int:
+    """What one step consumes: rows of data, times completions a prompt where it samples."""
     kind = method_class(method)
     _, own = resolve(kind.Config, kind.recipe, settings)
     values = flat(own)
     if "batch_size" not in values:
         raise PostgradError(f"{method}: cannot count its samples, so it cannot be compared here")
-    a_step = int(values["batch_size"]) * int(values.get("rollout.samples", 1))
-    if budget < a_step:
-        raise PostgradError(f"budget: {method} needs at least {a_step} samples for one step")
-    return budget // a_step
+    return int(values["batch_size"]) * int(values.get("rollout.samples", 1))
 
 
 def _train(method: str, folder: Path, settings: dict[str, Any]) -> None:
-    if not is_run(folder):
-        api.train(method, **merge(settings, {"output": str(folder), "report": False}))
-        return
-    rows = read_rows(folder / METRICS)
-    if not rows or rows[-1]["step"] < read_yaml(folder / "config.yaml")["steps"]:
-        api.resume(folder)
+    """Train in `folder`, or continue what is there; another budget there is an error."""
+    settings = merge(settings, {"report": False})
+    if is_run(folder):
+        run = api.resume(folder, **settings)
+    else:
+        run = api.train(method, **merge(settings, {"output": str(folder)}))
+    if run.finished.interrupted:
+        raise PostgradError(
+            f"interrupted after step {run.finished.step} of {folder}: the same command with "
+            f"--output {folder.parent} continues"
+        )
 
 
 def _table(methods: Sequence[str], runs: list[dict[str, Any]]) -> str:
