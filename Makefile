@@ -14,7 +14,7 @@ train: .venv/ready
 	.venv/bin/postgrad train --config recipes/grace.yaml
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = {
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     BASE: ("grace", {"steps": 1, "learning_rate": 1e-12}),
     PER_ROLLOUT: ("grace", {"negatives": "per_rollout", "hard_negatives": 1.0}),
-    PAPER: ("grace", {"negatives": "paper", "hard_negatives": 0.2}),
+    PAPER: ("grace", {"negatives": "paper", "negative_weight": 1.0, "hard_negatives": 0.2}),
     INFONCE: ("infonce", {"learning_rate": 2e-5, "schedule": "constant", "warmup_steps": 0}),
 }
 
@@ -41,7 +41,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     method, own = ARMS[arm]
     size = {"steps": 2, "eval_size": 4} if quick else {"steps": 15, "eval_size": 64}
     if method == "grace":
-        own = {**own, "rollout": {"samples": 4, "max_new_tokens": 4 if quick else 24}}
+        own = {**own, "rollout": {"samples": 8, "max_new_tokens": 4 if quick else 24}}
     model = "tiny" if quick else "smollm2"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
@@ -77,7 +77,7 @@ CLAIM = Claim(
     ),
     task=(
         "SmolLM2-135M-Instruct; docstring sentence to function source among 64 of unseen modules "
-        "of the standard library; 15 steps of 8 triples and 4 rationales of 24 tokens, full "
+        "of the standard library; 15 steps of 8 triples and 8 rationales of 24 tokens, full "
         "fine-tuning; next-token loss on unseen sources. InfoNCE sees the same triples"
     ),
     metric="mrr",

@@ -74,7 +74,8 @@ def trained(
         "entropy at the end": recent("entropy"),
         "degenerate groups at the end": recent("degenerate groups"),
     }
-    return Outcome(values, curves)
+    thinned = {name: c if name == METRIC else c[::5] for name, c in curves.items()}
+    return Outcome(values, thinned)
 
 
 CLAIM = Claim(
@@ -93,8 +94,10 @@ CLAIM = Claim(
     notes="Learning rates 1e-4, 3e-4 and 1e-3 were tried for every arm on seed 100, the first two "
     "again on seed 101, with other sums than those reported; 3e-4 was best for all. There the "
     "paper's KL coefficient of 0.04 changed GRPO little (0.67 instead of 0.68), and 300 steps "
-    "widened the gap in favour of rejection fine-tuning (0.86 to 0.75). With rewards of 0 and 1, "
-    "one step a rollout and responses of one length, rejection fine-tuning and Dr. GRPO have the "
-    "same expected gradient, so these arms differ by noise and normalisation alone; the paper "
-    "compares them under the graded rewards of a reward model.",
+    "widened the gap in favour of rejection fine-tuning (0.86 to 0.75). The reason: with rewards "
+    "of 0 and 1 and responses of one length, rejection fine-tuning and Dr. GRPO have the same "
+    "expected gradient and differ in its variance alone. After the warm-up the squared score of a "
+    "wrong response is 9 times that of a right one (265 to 28, seed 101), so the baseline of least "
+    "variance, E[r s^2] / E[s^2], is 0.07: nearer to none than to the mean reward of 0.4. The "
+    "paper compares the two under the graded rewards of a reward model.",
 )

@@ -34,6 +34,7 @@ def contrastive_rationale_reward(
     positive: Tensor,
     negative: Tensor | None,
     *,
+    negative_weight: float = 1.0,
     consistency: float = 0.2,
     hard_negatives: float = 0.2,
     temperature: float = 0.1,
@@ -45,7 +46,8 @@ def contrastive_rationale_reward(
 
     `query` `[B, d]`, `positive` `[B, K, d]`, `negative` `[B, d]` or None (its term is then 0).
 
-    R = (positive + negative + consistency * R_cons + hard_negatives * R_hard) / temperature with
+    R = (positive + negative_weight * negative + consistency * R_cons + hard_negatives * R_hard)
+    / temperature with
 
     - positive: sim(query_i, positive_ik),
     - consistency: the mean of sim(positive_ik, positive_ij) over the other rollouts j,
@@ -85,7 +87,7 @@ def contrastive_rationale_reward(
     }
     rewards = (
         attraction
-        + repulsion
+        + negative_weight * repulsion
         + consistency * terms["consistency"]
         + hard_negatives * terms["hard_negatives"]
     ) / temperature

@@ -43,7 +43,9 @@ class GraceSettings(PolicyGradientSettings):
     instruction: str = setting(INSTRUCTION, "asks for the rationale, before every text")
     max_text_tokens: int = setting(72, "longer texts are cut (code: 1024)", gt=0)
     rollout: RolloutSettings = setting(
-        RolloutSettings(samples=4, max_new_tokens=24), "K rationales a text (code: 8 of 2048)"
+        RolloutSettings(samples=8, max_new_tokens=24),
+        "K rationales a text (code: 2048 tokens)",
+        source="train.sh",
     )
     partner_temperature: float = setting(
         0.5, "sampling temperature of the query's and the negative's rationale",
@@ -53,6 +55,9 @@ class GraceSettings(PolicyGradientSettings):
         "per_rollout",
         "paper: negatives are the same for all rollouts of a text, so they cancel in its advantage",
         source="variant of this library",
+    )
+    negative_weight: float = setting(
+        0.0, "weight of R_neg, the given negative (paper: 1)", ge=0, source="measured"
     )
     consistency: float = setting(0.2, "weight lambda1 of R_cons", ge=0, source="train.sh")
     hard_negatives: float = setting(
@@ -72,17 +77,19 @@ class Grace(ClippedPolicyGradient):
     a gradient through the embedding, so the model stays a language model whose judgements of
     similarity can be read. For rationale k of the positive text of triple i
 
-        R = (sim(q_i, d_ik) + R_neg + lambda1 R_cons + lambda2 R_hard) / tau,   A = R - mean_k R
+        R = (sim(q_i, d_ik) + w R_neg + lambda1 R_cons + lambda2 R_hard) / tau,   A = R - mean_k R
         L = - mean over tokens of A log pi(y)             (clipped ratio with several updates)
 
     With `negatives=paper`, R_neg and R_hard do not depend on k and cancel in A: the published
     objective is attraction and consistency alone. `per_rollout`, the default here, measures both
-    terms from each rollout, as the authors' code does in the unsupervised mode. The rule that gives
+    terms from each rollout, as the authors' code does in the unsupervised mode; there the given
+    negative, a text of the same kind as the positive, made the rationales drift, so its weight w
+    is 0 by default. The rule that gives
     truncated rationales a reward of -1 is off by default, since short rationales are always cut.
     """
 
     Config = GraceSettings
-    recipe = {"learning_rate": 6e-5, "steps": 20, "precision": "bf16"}
+    recipe = {"learning_rate": 1e-4, "steps": 20, "precision": "bf16"}
     parts = FourParts(
         mask="PPO clip (inactive with one update a rollout)",
         denominator="the policy that sampled",
@@ -170,6 +177,7 @@ class Grace(ClippedPolicyGradient):
             others[0],
             own,
             others[1] if len(others) > 1 else None,
+            negative_weight=config.negative_weight,
             hard_negatives=config.hard_negatives,
             negatives=config.negatives,
             **common,
