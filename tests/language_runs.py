@@ -36,8 +36,9 @@ def assert_same_run(one, other):
 
 def moved(method, size=0.02):
     """The method after a random change of its policy, so that it differs from its reference."""
+    random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in method.policy.parameters():
             if parameter.requires_grad:
-                parameter.add_(size * torch.randn_like(parameter))
+                parameter.add_(size * torch.randn(parameter.shape, generator=random))
     return method

@@ -46,7 +46,6 @@ def gradient(method):
 
 
 def test_without_flips_it_is_dpo_value_and_gradient():
-    torch.manual_seed(0)
     robust = moved(made(flip_rate=0.0))
     plain = made(DPO)
     plain.policy.load_state_dict(robust.policy.state_dict())

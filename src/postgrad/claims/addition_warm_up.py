@@ -4,7 +4,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.cache import cached_folder
@@ -40,7 +39,7 @@ def warmed_up(seed: int, target: float = 0.45) -> LanguagePolicy:
 
 
 def _train(seed: int, target: float) -> LanguagePolicy:
-    policy = LanguagePolicy(_network(seed), tiny_tokenizer())
+    policy = untrained(seed)
     check = Addition(f"warm-up check {seed}").draw(_CHECKED, digits=3)
     steps = train_in_steps(
         "sft",
@@ -65,8 +64,8 @@ def _train(seed: int, target: float) -> LanguagePolicy:
     return policy
 
 
-def _network(seed: int) -> nn.Module:
-    """Two layers of width 96 with learned positions.
+def untrained(seed: int) -> LanguagePolicy:
+    """A GPT-2 of two layers of width 96, with learned positions and the vocabulary of `tiny`.
 
     The digits that belong together lie at distances that differ from digit to digit, so rotary
     positions, as in `tiny`, learn these sums many times more slowly.
@@ -86,7 +85,7 @@ def _network(seed: int) -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
+        return LanguagePolicy(GPT2LMHeadModel(config), tokenizer)
 
 
 def greedy_accuracy(policy: LanguagePolicy, rows: list[Row]) -> float:

@@ -35,7 +35,13 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
             "tabular KL to the optimum": tabular_divergence(seed),
         }
     outcome = trained(
-        slug, settings, policy, rows, seed, steps=5 if quick else STEPS, count=1 if quick else 10
+        slug,
+        settings,
+        policy,
+        rows,
+        seed,
+        steps=10 if quick else STEPS,
+        samples=30 if quick else 600,
     )
     return Outcome({**outcome.values, **exact}, outcome.curves)
 
@@ -82,8 +88,8 @@ CLAIM = Claim(
     run=run,
     notes="All arms see the same pairs (Preferred-FT their chosen half) in 100 steps of 32. "
     "Learning rates 3e-5, 1e-4 and 3e-4 were tried for DPO and Preferred-FT and the first two for "
-    "cDPO (label smoothing 0.1), all on seed 100, which is not reported. Every fifth step is "
-    "measured; the step that counts is chosen on 20 validation subjects. KL is estimated from 300 "
-    "samples. Within 0.25 nats the two are close: Preferred-FT stops at the quality of the chosen "
-    "responses, and at a small KL it gets there as well as DPO does.",
+    "cDPO (label smoothing 0.1), all on seed 100, which is not reported. Every tenth step is "
+    "measured; the step that counts is chosen on 20 validation subjects. Reward and KL are means "
+    "of 600 samples; with 200 to choose by, noise made the arms not separable (0.90 to 0.58). "
+    "Preferred-FT stays at the quality of the chosen responses, whatever KL it is allowed.",
 )

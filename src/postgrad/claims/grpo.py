@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from postgrad.claims.addition_warm_up import TOKENS, greedy_accuracy, warmed_up
+from postgrad.claims.addition_warm_up import TOKENS, greedy_accuracy, untrained, warmed_up
 from postgrad.claims.base import Claim, Outcome
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.language import LanguagePolicy
@@ -26,7 +26,8 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     steps, tested = (4, 100) if quick else (STEPS, TESTED)
-    return trained(ARMS[arm], warmed_up(seed, 0.0 if quick else 0.45), seed, steps, tested)
+    policy = untrained(seed) if quick else warmed_up(seed)
+    return trained(ARMS[arm], policy, seed, steps, tested)
 
 
 def trained(

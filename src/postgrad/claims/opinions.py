@@ -155,8 +155,8 @@ def trained(
     seed: int,
     *,
     steps: int,
-    every: int = 5,
-    count: int = 10,
+    every: int = 10,
+    samples: int = 600,
 ) -> Outcome:
     """Train and follow reward and KL; values are the rewards within a budget of KL.
 
@@ -164,7 +164,7 @@ def trained(
     there counts (perhaps the start); its reward on test subjects is the value.
     """
     policy.freeze_reference()
-    measured = [(0, *_both(policy, count, seed, 0))]
+    measured = [(0, *_both(policy, samples, seed, 0))]
     training = train_in_steps(
         slug,
         seed,
@@ -178,7 +178,7 @@ def trained(
     )
     for step, _ in training:
         if step % every == 0:
-            measured.append((step, *_both(policy, count, seed, step)))
+            measured.append((step, *_both(policy, samples, seed, step)))
     values = {}
     for budget in BUDGETS:
         allowed = [point for point in measured if point[1].divergence <= budget]
@@ -195,8 +195,9 @@ def trained(
     return Outcome(values, curves)
 
 
-def _both(policy: LanguagePolicy, count: int, seed: int, step: int) -> tuple[Measured, Measured]:
+def _both(policy: LanguagePolicy, samples: int, seed: int, step: int) -> tuple[Measured, Measured]:
+    """About `samples` opinions on the validation subjects, and as many on the test subjects."""
     return (
-        measure(policy, "validation", count, seed, step),
-        measure(policy, "test", count, seed, step),
+        measure(policy, "validation", samples // 20, seed, step),
+        measure(policy, "test", samples // 30, seed, step),
     )

@@ -45,8 +45,8 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         policy,
         preferences(policy, seed, FLIP_RATE),
         seed,
-        steps=5 if quick else STEPS,
-        count=1 if quick else 10,
+        steps=10 if quick else STEPS,
+        samples=30 if quick else 600,
     )
     return Outcome(
         exact.values | {f"opinions: {name}": value for name, value in found.values.items()},
