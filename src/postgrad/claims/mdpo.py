@@ -116,7 +116,7 @@ def _action_values(policy: Tensor, transitions: Tensor, rewards: Tensor) -> Tens
 CLAIM = Claim(
     slug="mdpo",
     statement="With several gradient steps on each batch, MDPO learns where a single step (m = 1, "
-    "vanilla policy gradient) fails, and is about as good as PPO.",
+    "vanilla policy gradient) fails, and is about as good as PPO",
     task="CartPole-v1 and Pendulum-v1, 60,000 environment steps each, networks [64, 64]; the score "
     "is the mean return of the last 10 iterations, from 0 for a random policy to 1 for one that "
     "solves the task, averaged over both",
