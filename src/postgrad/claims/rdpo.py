@@ -98,5 +98,5 @@ CLAIM = Claim(
     "claim (a tiny language model, 300 pairs, 100 steps at a learning rate of 1e-4, which was best "
     "of 3e-5 and 1e-4 for all three on seed 100) with the same 30 % of labels flipped. There rDPO "
     "and DPO reach more reward than cDPO in equal steps (1.08, 1.06, 0.88) but spend more KL (9.2, "
-    "7.2, 3.1 nats); within 1 nat it is cDPO that is ahead (0.65 to 0.51 of DPO, 0.48 of rDPO).",
+    "7.2, 3.1 nats); within 1 nat it is cDPO that is ahead (0.66 to 0.51 of DPO, 0.48 of rDPO).",
 )
