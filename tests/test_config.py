@@ -16,6 +16,7 @@ from postgrad.errors import PostgradError
 
 class Inner(Settings):
     rank: int = setting(4, "rank", gt=0)
+    alpha: int = setting(8, "scale", gt=0)
 
 
 class Outer(Settings):
@@ -48,6 +49,15 @@ def test_keys_go_to_the_loop_or_to_the_method():
 def test_later_layers_win_and_the_recipe_is_the_first():
     loop, _ = resolve(Outer, {"steps": 3, "seed": 1}, {"steps": 5})
     assert (loop.steps, loop.seed) == (5, 1)
+
+
+def test_a_part_given_in_part_keeps_the_rest_of_the_methods_own_default():
+    class Own(Outer):
+        inner: Inner = setting(Inner(rank=16, alpha=32), "inner")
+
+    for given in ({"inner": {"alpha": 1}}, parse_overrides(["inner.alpha=1"])):
+        _, own = resolve(Own, {}, given)
+        assert (own.inner.rank, own.inner.alpha) == (16, 1)
 
 
 def test_a_name_and_its_details_go_together():

@@ -175,7 +175,7 @@ def test_the_reference_is_scored_once_and_kept_in_the_checkpoint(tmp_path):
 
 
 def test_with_lora_the_reference_is_the_adapter_switched_off():
-    settings = LoraSettings(4, 8.0)
+    settings = LoraSettings(rank=4, alpha=8)
     method = moved(made(model=load_policy("tiny", tune="lora", lora=settings)), 0.1)
     plain = made()
     torch.testing.assert_close(

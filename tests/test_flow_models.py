@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from postgrad.errors import PostgradError
+from postgrad.models.adapters import LoraSettings
 from postgrad.models.averaging import AveragedWeights
 from postgrad.models.cache import cached_folder
-from postgrad.models.diffusers_flow import FlowAdapters, diffusers_flow, load_diffusers_flow
+from postgrad.models.diffusers_flow import diffusers_flow, load_diffusers_flow
 from postgrad.models.flow import (
     ClassFlow,
     FlowPolicy,
@@ -381,7 +382,7 @@ def test_a_diffusers_policy_samples_what_its_pipeline_samples(make, guidance: fl
 @pytest.mark.parametrize("make", [stable_diffusion_3, flux])
 def test_adapters_train_alone_and_load_back(make, tmp_path: Path):
     pipeline = make()
-    policy = diffusers_flow(pipeline, resolution=16, guidance=2.0, adapters=FlowAdapters(rank=2))
+    policy = diffusers_flow(pipeline, resolution=16, guidance=2.0, adapters=LoraSettings(rank=2))
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora" in name for name in trained)
@@ -430,5 +431,5 @@ def test_what_is_no_flow_pipeline_is_named(tmp_path: Path):
         diffusers_flow(pipeline, resolution=18, guidance=2.0)
     with pytest.raises(PostgradError, match=r"lora.targets: no linear layer .* called 'to_x'"):
         diffusers_flow(
-            pipeline, resolution=16, guidance=2.0, adapters=FlowAdapters(targets=["to_q", "to_x"])
+            pipeline, resolution=16, guidance=2.0, adapters=LoraSettings(targets=["to_q", "to_x"])
         )

@@ -1,5 +1,6 @@
 """GRPO and what all clipped policy-gradient methods share, on real rollouts of the tiny model."""
 
+import json
 import threading
 
 import pytest
@@ -327,6 +328,34 @@ def test_a_reward_that_fails_later_names_the_completion(tmp_path):
         calls.append(len(completions))
         return [float("nan") if len(calls) > 2 else 0.0] * len(completions)
 
-    with pytest.raises(PostgradError, match="reward 'late' returned nan for completion 1"):
-        train("grpo", data=ROWS, reward=late, steps=3, output=tmp_path / "run", **SMALL, **SHORT)
+    run = tmp_path / "run"
+    with pytest.raises(PostgradError, match="step 2: reward 'late' returned nan for completion 1"):
+        train("grpo", data=ROWS, reward=late, steps=3, output=run, **SMALL, **SHORT)
     assert calls == [2, 16, 16]
+    samples = json.loads((run / "failure" / "step-00000002" / "samples.json").read_text())
+    assert len(samples) == 16
+    assert samples[0]["reward"] == "nan"
+    assert samples[0]["prompts"] in [row["prompt"] for row in ROWS]
+    assert (run / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_a_run_whose_reward_fails_later_goes_on_from_there(tmp_path):
+    reward = tmp_path / "reward.py"
+    good = "def score(completions):\n    return [0.5] * len(completions)\n"
+    reward.write_text(
+        "calls = []\n"
+        "def score(completions):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 2:\n"
+        "        raise OSError('the judge is away')\n"
+        "    return [0.5] * len(completions)\n"
+    )
+    data = write_rows(tmp_path / "prompts.jsonl", ROWS)
+    settings = {**SMALL, **SHORT, "data": data, "reward": f"{reward}:score", "steps": 3}
+    stopped = "step 2: reward .* raised OSError: the judge is away .* --resume .*parts"
+    with pytest.raises(PostgradError, match=stopped):
+        train("grpo", output=tmp_path / "parts", **settings)
+    reward.write_text(good)
+    resume(tmp_path / "parts")
+    train("grpo", output=tmp_path / "whole", **settings)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")

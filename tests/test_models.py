@@ -136,7 +136,7 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path):
 def test_wrong_tuning_and_rank():
     with pytest.raises(PostgradError, match="did you mean 'lora'"):
         load_policy("tiny", tune="lorra")
-    with pytest.raises(PostgradError, match="rank"):
+    with pytest.raises(ValueError, match="rank"):
         LoraSettings(rank=0)
 
 

@@ -53,12 +53,11 @@ def train(
     base = read_yaml(config) if isinstance(config, (str, Path)) else dict(config or {})
     _require_method(base.pop("method", method), method)
     settings = {
-        k: str(value) if isinstance(value, Path) else value for k, value in settings.items()
+        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
     }
     objects = {name: value for name, value in settings.items() if not _plain(value)}
     named = {name: f"<{type(value).__name__} object>" for name, value in objects.items()}
-    paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
-    loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named, **paths})
+    loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named})
     return _start(method, loop, own, objects, quiet)
 
 
@@ -194,4 +193,4 @@ def _plain(value: Any) -> bool:
         return all(_plain(item) and not isinstance(item, Mapping) for item in value) or all(
             isinstance(item, Mapping) and "name" in item for item in value
         )
-    return value is None or isinstance(value, (bool, int, float, str, Path))
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -81,7 +81,7 @@ class LoopSettings(Settings):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …")
     threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0)
     evaluate_every: int = setting(0, "steps between evaluations; 0: before and after only", ge=0)
-    save_every: int = setting(0, "steps between checkpoints; 0: only at the end", ge=0)
+    save_every: int = setting(100, "steps between checkpoints; 0: only at the end", ge=0)
     keep_checkpoints: int = setting(2, "how many checkpoints stay", gt=0)
     sample_every: int = setting(10, "steps between rows of samples.jsonl and sample tables", gt=0)
     stop_metric: str | None = setting(None, "evaluation metric watched for an early stop")
@@ -227,8 +227,13 @@ def resolve(
     `kind` is the method's settings class and `recipe` its own defaults for the loop. All keys live
     in one flat file; which of the two classes a key belongs to follows from its name.
     """
-    values: dict[str, Any] = dict(recipe)
-    for layer in layers:
+    # a part given in part keeps this method's defaults for the rest of it
+    values = {
+        name: default.model_dump()
+        for name, field in kind.model_fields.items()
+        if isinstance(default := field.get_default(call_default_factory=True), Settings)
+    }
+    for layer in (recipe, *layers):
         values = merge(values, layer)
     loop_names = set(LoopSettings.model_fields)
     known = [*dotted_keys(kind), *dotted_keys(LoopSettings)]

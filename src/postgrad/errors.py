@@ -1,7 +1,8 @@
 """Errors that a user can mend: one line each, shown without a traceback, exit code 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class PostgradError(Exception):
@@ -10,6 +11,25 @@ class PostgradError(Exception):
     The message is one line: it names the file, row or key, what was expected, and the nearest
     valid choice where there is one. The command line prints it and exits with code 2.
     """
+
+
+class NonFinite(PostgradError):
+    """A NaN or infinite loss, gradient or reward, with what produced it: the loop saves both.
+
+    Attributes:
+        tensors: by name; values are tensors or lists of them.
+        samples: rows for people to read.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        tensors: Mapping[str, Any] | None = None,
+        samples: Sequence[dict[str, Any]] = (),
+    ):
+        super().__init__(message)
+        self.tensors = dict(tensors or {})
+        self.samples = list(samples)
 
 
 class MissingExtra(PostgradError):

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 
 from postgrad import api
+from postgrad.catalogue import method_class
 from postgrad.claims.base import Claim, Outcome
+from postgrad.config import resolve
 from postgrad.evaluation.language import next_token_loss
+from postgrad.methods.base import Metrics, Place
 from postgrad.models.language import load_policy
 from postgrad.tasks import load
+from postgrad.training.optimise import autocast
 from postgrad.training.record import METRICS, read_rows
 
 BASE, PER_ROLLOUT, PAPER, INFONCE = (
@@ -29,44 +33,52 @@ COMMON: dict[str, Any] = {
     "save_every": 0,
 }
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    BASE: ("grace", {"steps": 1, "learning_rate": 1e-12}),
-    PER_ROLLOUT: ("grace", {"negatives": "per_rollout", "hard_negatives": 1.0}),
+    BASE: ("grace", {}),
+    PER_ROLLOUT: ("grace", {"negatives": "per_rollout"}),
     PAPER: ("grace", {"negatives": "paper", "negative_weight": 1.0, "hard_negatives": 0.2}),
-    INFONCE: ("infonce", {"learning_rate": 2e-5, "schedule": "constant", "warmup_steps": 0}),
+    INFONCE: ("infonce", {"learning_rate": 2e-4, "schedule": "constant", "warmup_steps": 0}),
 }
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     """Train one arm; retrieval on unseen modules and next-token loss on unseen text, after."""
     method, own = ARMS[arm]
-    size = {"steps": 2, "eval_size": 4} if quick else {"steps": 15, "eval_size": 64}
-    if method == "grace":
-        own = {**own, "rollout": {"samples": 8, "max_new_tokens": 4 if quick else 24}}
+    size = {"steps": 2, "eval_size": 4} if quick else {"steps": 12, "eval_size": 64}
+    if quick and method == "grace":
+        own = {**own, "rollout": {"max_new_tokens": 4}}
     model = "tiny" if quick else "smollm2"
+    settings = {**COMMON, **size, **own, "model": model, "seed": seed}
+    if arm == BASE:
+        values = _untrained(settings)
+        names = {"mrr": "mrr", "top1": "top1", "without_rationale/mrr": "mrr_without_rationale"}
+        return Outcome({ours: values[name] for name, ours in names.items()})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        settings = {**COMMON, **size, **own, "model": model, "seed": seed, "output": str(path)}
-        done = api.train(method, **settings)
+        done = api.train(method, **settings, output=str(path))
         rows = read_rows(path / METRICS)
         with torch.no_grad():
             text = load("docstrings", split="test", format="text").first(2 if quick else 24)
             before = next_token_loss(load_policy(model, seed=seed), text, max_tokens=128)
             after = next_token_loss(load_policy(str(path / "model")), text, max_tokens=128)
-    first = rows[0]
     values = {
         "mrr": done.evaluation["mrr"],
         "top1": done.evaluation["top1"],
-        "mrr_before": first["evaluation/mrr"],
         "next_token_loss_change": after - before,
-        "next_token_loss": after,
     }
-    if "evaluation/without_rationale/mrr" in first:
-        values["mrr_before_without_rationale"] = first["evaluation/without_rationale/mrr"]
     curves = {
         name: [(float(row["step"]), row[name]) for row in rows if name in row]
         for name in ("reward", "reward/positive", "reward/hard_negatives", "loss")
     }
     return Outcome(values, {name: points for name, points in curves.items() if points})
+
+
+def _untrained(settings: dict[str, Any]) -> Metrics:
+    """What the base model reaches with greedily written rationales, and without any."""
+    kind = method_class("grace")
+    loop, own = resolve(kind.Config, kind.recipe, settings)
+    method = api.build("grace", own, Place(loop.seed), {})
+    with torch.no_grad(), autocast(loop.precision, torch.device("cpu")):
+        return method.evaluate()
 
 
 CLAIM = Claim(
@@ -77,8 +89,9 @@ CLAIM = Claim(
     ),
     task=(
         "SmolLM2-135M-Instruct; docstring sentence to function source among 64 of unseen modules "
-        "of the standard library; 15 steps of 8 triples and 8 rationales of 24 tokens, full "
-        "fine-tuning; next-token loss on unseen sources. InfoNCE sees the same triples"
+        "of the standard library; 12 steps of 8 pairs, for GRACE with 8 rationales of 24 tokens, "
+        "full fine-tuning; next-token loss on unseen sources. InfoNCE sees the same pairs and "
+        "their hard negatives"
     ),
     metric="mrr",
     higher_is_better=True,
@@ -89,6 +102,9 @@ CLAIM = Claim(
     notes=(
         "The paper's negatives do not depend on the rollout, so they cancel in an advantage "
         "centred per text; the per-rollout form is this library's default. InfoNCE embeds without "
-        "a rationale, so its mrr_before is the base model's without one."
+        "a rationale: what it gains starts from the base model's mrr_without_rationale. Settings "
+        "were chosen on a part of the training modules: for GRACE the temperature of 0.7 (of 0.7 "
+        "and 1) and learning rate 1e-4 (of 6e-5, 1e-4, 2e-4), for InfoNCE 2e-4 (of 1e-5, 2e-5, "
+        "5e-5, 1e-4, 2e-4)."
     ),
 )

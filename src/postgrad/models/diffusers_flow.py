@@ -7,7 +7,6 @@ they are. Needs the extra `diffusion` (and `lora` for adapters).
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,19 +15,11 @@ import torch
 from torch import Tensor
 
 from postgrad.errors import MissingExtra, PostgradError
+from postgrad.models.adapters import LoraSettings
 from postgrad.models.flow import FlowPolicy
 
 # an encoded prompt of Stable Diffusion 3 takes about 5 MB
 _ENCODED_PROMPTS = 256
-
-
-@dataclass(frozen=True)
-class FlowAdapters:
-    """Low-rank adapters on the transformer; `targets` is "all-linear" or names of linear layers."""
-
-    rank: int = 32
-    alpha: float = 64.0
-    targets: str | Sequence[str] = "all-linear"
 
 
 class DiffusersFlow(FlowPolicy):
@@ -42,7 +33,7 @@ class DiffusersFlow(FlowPolicy):
         *,
         resolution: int,
         guidance: float,
-        adapters: FlowAdapters | None = None,
+        adapters: LoraSettings | None = None,
     ):
         """`resolution` is the side of the square images in pixels; `adapters` None trains all."""
         super().__init__()
@@ -234,7 +225,7 @@ def load_diffusers_flow(
     *,
     resolution: int,
     guidance: float,
-    adapters: FlowAdapters | None,
+    adapters: LoraSettings | None,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
@@ -273,7 +264,7 @@ def load_diffusers_flow(
 
 
 def diffusers_flow(
-    pipeline: Any, *, resolution: int, guidance: float, adapters: FlowAdapters | None = None
+    pipeline: Any, *, resolution: int, guidance: float, adapters: LoraSettings | None = None
 ) -> DiffusersFlow:
     """A diffusers pipeline that is already loaded, as a flow policy."""
     kinds = {"StableDiffusion3Pipeline": StableDiffusion3Flow, "FluxPipeline": FluxFlow}
@@ -286,13 +277,13 @@ def diffusers_flow(
     return kinds[found](pipeline, resolution=resolution, guidance=guidance, adapters=adapters)
 
 
-def _add_adapters(network: Any, adapters: FlowAdapters) -> None:
+def _add_adapters(network: Any, adapters: LoraSettings) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise MissingExtra("peft", "lora") from error
     linear = [name for name, part in network.named_modules() if isinstance(part, torch.nn.Linear)]
-    named = [adapters.targets] if isinstance(adapters.targets, str) else list(adapters.targets)
+    named = [adapters.targets] if isinstance(adapters.targets, str) else adapters.targets
     targets = linear if named == ["all-linear"] else named
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
@@ -300,7 +291,7 @@ def _add_adapters(network: Any, adapters: FlowAdapters) -> None:
     network.add_adapter(
         LoraConfig(
             r=adapters.rank,
-            lora_alpha=adapters.alpha,  # type: ignore[arg-type]
+            lora_alpha=adapters.alpha,
             init_lora_weights="gaussian",
             target_modules=targets,
         )

@@ -1,7 +1,6 @@
 """Language policies by name: an embedded model, a local folder, or a model of the Hub."""
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,29 +8,11 @@ import torch
 from torch import nn
 
 from postgrad.errors import MissingExtra, PostgradError, unknown
+from postgrad.models.adapters import LoraSettings
 from postgrad.models.embedded import EMBEDDED, smollm2_source, tiny_network, tiny_tokenizer
 from postgrad.models.policy import LanguagePolicy
 
 __all__ = ["LanguagePolicy", "LoraSettings", "load_policy"]
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A low-rank adapter (LoRA, arXiv:2106.09685): each target W becomes W + (alpha/rank) · B A.
-
-    Attributes:
-        rank: rows of A and columns of B.
-        alpha: numerator of the adapter's scale.
-        targets: names of the adapted modules, or "all-linear" for all but the output layer.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    targets: str | tuple[str, ...] = "all-linear"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise PostgradError(f"lora rank must be at least 1, got {self.rank}")
 
 
 def load_policy(
@@ -109,11 +90,10 @@ def _adapt(network: nn.Module, settings: LoraSettings, seed: int) -> nn.Module:
         raise MissingExtra("peft", "lora")
     from peft import LoraConfig, get_peft_model
 
-    targets = settings.targets
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=settings.targets,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from postgrad.errors import PostgradError, unknown
+from postgrad.errors import NonFinite, PostgradError, unknown
 from postgrad.rewards.running import attempt, attempt_within
 from postgrad.rewards.verifiers import VERIFIERS
 
@@ -98,7 +98,8 @@ class RewardSet:
 
         Raises:
             PostgradError: a function raised, did not return within the time limit, or returned
-                something else than one finite number per completion; or a column is missing.
+                something else than one number per completion; or a column is missing.
+            NonFinite: a reward is NaN or infinite.
         """
         available = {**columns, "prompts": prompts, "completions": completions}
         terms = {term.name: self._values(term, available, len(completions)) for term in self.terms}
@@ -122,13 +123,18 @@ class RewardSet:
 
     def _values(self, term: Term, available: Mapping[str, list[Any]], count: int) -> list[float]:
         arguments = term.arguments(available)
+        what = f"reward {term.name!r}"
         returned = attempt_within(
-            self.time_limit,
-            lambda: term.function(**arguments),
-            f"reward {term.name!r}",
-            own_file=term.file,
+            self.time_limit, lambda: term.function(**arguments), what, own_file=term.file
         )
-        return _checked(returned, count, f"reward {term.name!r}")
+        values = _checked(returned, count, what)
+        odd = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        if odd is not None:
+            raise NonFinite(
+                f"{what} returned {values[odd]} for completion {odd + 1}, expected a finite number",
+                samples=_samples(available, values),
+            )
+        return values
 
 
 def load_rewards(
@@ -246,8 +252,21 @@ def _importable(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
+def _samples(available: Mapping[str, list[Any]], values: list[float]) -> list[dict[str, Any]]:
+    """What was rewarded and how, for people to read; images and the like are left out."""
+    plain = {
+        name: column
+        for name, column in available.items()
+        if all(isinstance(value, str | int | float | list) for value in column)
+    }
+    return [
+        {name: column[i] for name, column in plain.items()} | {"reward": str(value)}
+        for i, value in enumerate(values)
+    ]
+
+
 def _checked(returned: Any, count: int, what: str) -> list[float]:
-    """One finite number per completion, or an error that says what came instead."""
+    """One number per completion, or an error that says what came instead."""
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, list | tuple):
         raise PostgradError(
@@ -263,13 +282,12 @@ def _checked(returned: Any, count: int, what: str) -> list[float]:
 def _number(value: Any, position: int, what: str) -> float:
     # Anything that says of itself that it is a number: int, bool, NumPy and torch scalars.
     value = value.tolist() if hasattr(value, "tolist") else value
-    number = float(value) if hasattr(type(value), "__float__") else math.nan
-    if not math.isfinite(number):
+    if not hasattr(type(value), "__float__"):
         raise PostgradError(
             f"{what} returned {_described(value)} for completion {position + 1}, expected a "
             "finite number"
         )
-    return number
+    return float(value)
 
 
 def _described(value: Any) -> str:

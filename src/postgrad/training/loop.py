@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from postgrad import timing
 from postgrad.batch import Batch
 from postgrad.config import LoopSettings
-from postgrad.errors import PostgradError
+from postgrad.errors import NonFinite, PostgradError
 from postgrad.methods.base import Method, Metrics
 from postgrad.timing import timed
 from postgrad.training.checkpoint import (
@@ -29,7 +29,7 @@ from postgrad.training.checkpoint import (
     save_checkpoint,
 )
 from postgrad.training.console import Watcher
-from postgrad.training.optimise import NonFinite, Optimisers, autocast
+from postgrad.training.optimise import Optimisers, autocast
 from postgrad.training.record import RunFolder
 
 
@@ -99,17 +99,17 @@ class Loop:
         started = time.perf_counter()
         timing.take()
         self.optimise.set_step(self.step)
-        batch = None
-        try:
+        with self._keeping_what_was_learnt():
             with autocast(self.settings.precision, self.method.place.device):
                 batch = self.method.collect(self.step)
             metrics = self.method.describe_batch(batch)
             self._require_finite(metrics, batch)
+        try:
             metrics |= self.method.update(batch, self.optimise)
             self._require_finite(metrics, batch)
         except NonFinite as error:
-            where = self._save_failure(error)
-            raise PostgradError(f"step {self.step + 1}: {error}; saved to {where}") from error
+            error.samples = error.samples or self.method.samples(batch)
+            raise self._failed(error) from error
         self.step += 1
         seconds = {**timing.take(), "step": time.perf_counter() - started}
         rates = {f"time/{name}": value for name, value in seconds.items()}
@@ -128,11 +128,12 @@ class Loop:
     def _require_finite(self, metrics: Metrics, batch: Batch) -> None:
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise NonFinite(f"{name} is {value}", batch)
+                raise NonFinite(f"{name} is {value}", batch.fields(), self.method.samples(batch))
 
     def _evaluate(self) -> Metrics:
         states = random_states()
         with (
+            self._keeping_what_was_learnt(),
             timed("evaluate"),
             torch.no_grad(),
             autocast(self.settings.precision, self.method.place.device),
@@ -167,22 +168,36 @@ class Loop:
                 self.settings.keep_checkpoints,
             )
 
-    def _save_failure(self, error: NonFinite) -> Path:
-        """The tensors and samples of the batch whose loss or reward was not finite."""
+    @contextmanager
+    def _keeping_what_was_learnt(self) -> Iterator[None]:
+        """While no weight changes: an error that stops the run leaves a checkpoint behind."""
+        try:
+            yield
+        except PostgradError as error:
+            if self.step > 0:
+                self.save()
+            raise self._failed(error) from error
+
+    def _failed(self, error: PostgradError) -> PostgradError:
+        """The error with its step; the tensors and samples behind a non-finite value are saved."""
+        message = f"step {self.step + 1}: {error}"
+        if not isinstance(error, NonFinite):
+            return PostgradError(
+                f"{message}; once mended, continue with --resume {self.folder.path}"
+            )
         where = self.folder.path / "failure" / f"step-{self.step + 1:08d}"
         where.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
-        for name, values in error.batch.fields().items():
+        for name, values in error.tensors.items():
             if isinstance(values, torch.Tensor):
                 tensors[name] = values.detach().cpu().contiguous().clone()
             elif all(isinstance(value, torch.Tensor) for value in values):
                 for i, value in enumerate(values):
                     tensors[f"{name}.{i}"] = value.detach().cpu().contiguous().clone()
         save_file(tensors, where / "batch.safetensors")
-        rows = self.method.samples(error.batch)
-        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        text = json.dumps(error.samples, ensure_ascii=False, indent=1)
         (where / "samples.json").write_text(text, encoding="utf-8")
-        return where
+        return PostgradError(f"{message}; saved to {where}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -8,17 +8,9 @@ from torch import nn
 
 from postgrad.batch import Batch
 from postgrad.config import LoopSettings
-from postgrad.errors import PostgradError
+from postgrad.errors import NonFinite, PostgradError
 from postgrad.methods.base import LossFunction, Metrics
 from postgrad.timing import timed
-
-
-class NonFinite(PostgradError):
-    """A NaN or infinite loss, gradient or reward; carries the batch that produced it."""
-
-    def __init__(self, message: str, batch: Batch):
-        super().__init__(message)
-        self.batch = batch
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -85,7 +77,7 @@ class Optimisers:
                 with autocast(self._settings.precision, self._device):
                     value, part_metrics = loss(part)
                 if not torch.isfinite(value):
-                    raise NonFinite(f"the loss is {value.item()}", part)
+                    raise NonFinite(f"the loss is {value.item()}", part.fields())
                 value.backward()
                 total += value.item()
                 share = len(part) / len(batch)
@@ -99,7 +91,7 @@ class Optimisers:
         limit = self._settings.clip_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self._parameters[name], limit))
         if not math.isfinite(norm):
-            raise NonFinite(f"the gradient norm of {name!r} is {norm}", batch)
+            raise NonFinite(f"the gradient norm of {name!r} is {norm}", batch.fields())
         return norm
 
     def state_dict(self) -> dict[str, dict[str, object]]:

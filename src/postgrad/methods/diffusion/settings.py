@@ -6,8 +6,9 @@ from typing import Any, Literal
 from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError, unknown
 from postgrad.methods.base import Place
-from postgrad.methods.language.base import DataSettings, LoraOptions, find_data
-from postgrad.models.diffusers_flow import FlowAdapters, load_diffusers_flow
+from postgrad.methods.data import DataSettings, find_data
+from postgrad.models.adapters import LoraSettings
+from postgrad.models.diffusers_flow import load_diffusers_flow
 from postgrad.models.flow import FlowPolicy, digits_flow, load_class_flow
 from postgrad.tasks import Examples
 
@@ -56,7 +57,7 @@ class FlowSettings(Settings):
     tune: Literal["full", "lora"] | None = setting(
         None, "what is trained; when empty lora for diffusers models, full for digits-flow"
     )
-    lora: LoraOptions = setting(LoraOptions(rank=32, alpha=64), "adapters", source=_CODE)
+    lora: LoraSettings = setting(LoraSettings(rank=32, alpha=64), "adapters", source=_CODE)
     frozen_precision: Literal["fp32", "bf16"] = setting(
         "fp32", "precision of the weights that stay frozen, diffusers models"
     )
@@ -77,14 +78,11 @@ def find_flow(config: FlowSettings, place: Place, model: FlowPolicy | None = Non
         return small.to(place.device)
     if not folder.is_dir() and "/" not in name:
         raise unknown("model", name, ["digits-flow"])
-    lora = config.lora
     return load_diffusers_flow(
         name,
         resolution=config.resolution,
         guidance=config.guidance,
-        adapters=None
-        if config.tune == "full"
-        else FlowAdapters(lora.rank, lora.alpha, lora.targets),
+        adapters=None if config.tune == "full" else config.lora,
         precision=config.frozen_precision,
         device=place.device,
         trust_remote_code=config.trust_remote_code,

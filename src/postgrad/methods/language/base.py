@@ -1,45 +1,20 @@
 """What the language methods share: their settings, and how a policy and its data are found."""
 
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
 from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
-from postgrad.models.language import LanguagePolicy, LoraSettings, load_policy
+from postgrad.methods.data import DataSettings, find_data, find_held_out
+from postgrad.models.adapters import LoraSettings
+from postgrad.models.language import LanguagePolicy, load_policy
+from postgrad.sampling.epochs import Epochs
 from postgrad.sampling.generation import SamplingSettings
-from postgrad.tasks import Examples, load
-
-
-class DataSettings(Settings):
-    """A data set by name, and how to read it; a plain string is its name."""
-
-    name: str = setting("", "embedded task, local file, or Hugging Face data set", min_length=1)
-    split: str | None = setting(None, "train or test; the task's own choice when empty")
-    format: str | None = setting(None, "data format; recognised from the columns when empty")
-    columns: dict[str, str] = setting({}, "our column name: the name in the data")
-    settings: dict[str, Any] = setting({}, "settings of an embedded task, e.g. its difficulty")
-    limit: int | None = setting(None, "use only so many rows", gt=0)
-    chat: bool | None = setting(
-        None, "wrap plain prompts as a user's turn; empty: embedded tasks yes, own data no"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class LoraOptions(Settings):
-    """Low-rank adapters (peft)."""
-
-    rank: int = setting(16, "rank of the update", gt=0)
-    alpha: int = setting(32, "scale: the update is multiplied by alpha / rank", gt=0)
-    targets: str | list[str] = setting("all-linear", "which layers: all-linear, or their names")
+from postgrad.tasks import Examples
 
 
 class RolloutSettings(Settings):
@@ -71,68 +46,64 @@ class LanguageSettings(Settings):
     eval_size: int = setting(128, "how many held-out rows an evaluation uses", gt=0)
     batch_size: int = setting(8, "rows of data a step", gt=0)
     tune: Literal["full", "lora"] = setting("full", "train all weights, or low-rank adapters")
-    lora: LoraOptions = setting(LoraOptions(), "adapters, with tune=lora")
+    lora: LoraSettings = setting(LoraSettings(), "adapters, with tune=lora")
     trust_remote_code: bool = setting(False, "run code that a model repository brings along")
     max_prompt_tokens: int | None = setting(
         None, "longest prompt; an error beyond it, the context when empty", gt=0
     )
 
 
-def find_policy(
-    config: LanguageSettings, place: Place, model: LanguagePolicy | None = None
-) -> LanguagePolicy:
-    """The policy that `config` names, on its device, or the one that was passed from Python."""
-    if model is not None:
-        return model
-    lora = config.lora
-    targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
+class Given(TypedDict, total=False):
+    """Objects that a caller in Python may pass in place of names."""
+
+    model: LanguagePolicy
+    data: Examples | list[dict[str, Any]]
+    eval_data: Examples | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a method on a language model works with; `held_out` has at most `eval_size` rows."""
+
+    policy: LanguagePolicy
+    data: Examples
+    held_out: Examples | None
+    order: Epochs
+
+
+def find_materials(
+    config: LanguageSettings,
+    place: Place,
+    formats: str | tuple[str, ...],
+    given: Given,
+    *,
+    held_out_formats: str | tuple[str, ...] | None = None,
+) -> Materials:
+    """The data in (one of) the formats and the policy that `config` names, or those `given`."""
+    rows = given.get("data")
+    data = find_data(config.data, place, formats, rows)
+    formats = held_out_formats or formats
+    if "eval_data" in given:
+        held_out: Examples | None = find_data(config.data, place, formats, given["eval_data"])
+    else:
+        held_out = find_held_out(config, place, formats, rows)
+    return Materials(
+        given["model"] if "model" in given else _named_policy(config, place),
+        data,
+        held_out.first(config.eval_size) if held_out is not None else None,
+        Epochs(len(data), config.batch_size, place.seed),
+    )
+
+
+def _named_policy(config: LanguageSettings, place: Place) -> LanguagePolicy:
     return load_policy(
         config.model,
         tune=config.tune,
-        lora=LoraSettings(lora.rank, lora.alpha, targets),
+        lora=config.lora,
         device=str(place.device),
         trust_remote_code=config.trust_remote_code,
         seed=place.seed,
     )
-
-
-def find_data(
-    config: DataSettings,
-    place: Place,
-    needed: str | tuple[str, ...],
-    rows: Examples | list[dict[str, Any]] | None,
-) -> Examples:
-    """The examples that `config` names, or those passed from Python, in (one of) the formats."""
-    if isinstance(rows, list):
-        rows = Examples.from_rows(rows, columns=config.columns)
-    examples = rows or load(
-        config.name,
-        split=config.split or "train",
-        format=config.format,
-        columns=config.columns,
-        settings=config.settings,
-        seed=place.seed,
-    )
-    formats = (needed,) if isinstance(needed, str) else needed
-    found = examples.require(*formats).first(config.limit)
-    return found if config.chat is None else replace(found, chat=config.chat)
-
-
-def find_held_out(
-    config: LanguageSettings,
-    place: Place,
-    needed: str,
-    rows: Examples | list[dict[str, Any]] | None = None,
-) -> Examples | None:
-    """Held-out examples: `eval_data`, or the test split of an embedded task, or none.
-
-    `rows` are training data that were passed from Python in place of `data`: without test split.
-    """
-    if config.eval_data is not None:
-        return find_data(config.eval_data, place, needed, None)
-    if rows is not None or not Examples.has_test_split(config.data.name):
-        return None
-    return find_data(config.data.model_copy(update={"split": "test"}), place, needed, None)
 
 
 def render_prompts(

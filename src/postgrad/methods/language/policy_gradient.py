@@ -11,8 +11,13 @@ from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
-from postgrad.methods.language.base import LanguageSettings, RolloutSettings, find_policy, pad
-from postgrad.models.language import LanguagePolicy
+from postgrad.methods.language.base import (
+    Given,
+    LanguageSettings,
+    RolloutSettings,
+    find_materials,
+    pad,
+)
 from postgrad.objectives.policy_gradient import (
     aggregate,
     clip_fractions,
@@ -60,16 +65,21 @@ class ClippedPolicyGradient(Method):
         self,
         config: PolicyGradientSettings,
         place: Place,
+        formats: str,
+        given: Given,
         *,
-        model: LanguagePolicy | None = None,
+        held_out_formats: str | None = None,
     ):
+        """The data come in `formats`, held-out data in `held_out_formats` where that differs."""
         super().__init__(config, place)
         if config.minibatches > config.batch_size:
             raise PostgradError(
                 f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
                 f"batch_size of {config.batch_size}: at most one step a prompt"
             )
-        self.policy = find_policy(config, place, model)
+        found = find_materials(config, place, formats, given, held_out_formats=held_out_formats)
+        self.policy, self.data, self.held_out = found.policy, found.data, found.held_out
+        self.order = found.order
         if config.kl_coefficient > 0:
             self.policy.freeze_reference()
 
@@ -189,6 +199,9 @@ class ClippedPolicyGradient(Method):
                 }
             )
         return rows
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.data.fingerprint}
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder)

@@ -11,7 +11,7 @@ from postgrad.batch import Batch
 from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
-from postgrad.methods.language.base import DataSettings, find_data
+from postgrad.methods.data import DataSettings, find_data, find_held_out
 from postgrad.methods.representation.sources import (
     EncoderSettings,
     ImageViews,
@@ -97,18 +97,16 @@ def _source(
     place: Place,
     data: Images | Examples | list[dict[str, Any]] | None,
 ) -> PairSource:
-    held_out = config.eval_data
     if isinstance(data, Images) or (data is None and is_images(config.data.name)):
         images = data if isinstance(data, Images) else _images(config.data, "data")
+        held_out = config.eval_data
         if held_out is None and data is None:
             held_out = config.data.model_copy(update={"split": "test"})
-        tests = _images(held_out, "eval_data") if held_out else None
-        return ImageViews(images, tests, config.encoder, config.views, place)
+        unseen = _images(held_out, "eval_data") if held_out else None
+        return ImageViews(images, unseen, config.encoder, config.views, place)
     pairs = find_data(config.data, place, "pairs", data)
-    if held_out is None and data is None and Examples.has_test_split(config.data.name):
-        held_out = config.data.model_copy(update={"split": "test"})
-    pairs_out = find_data(held_out, place, "pairs", None) if held_out else None
-    return TextPairs(pairs, pairs_out, config.encoder, place)
+    tests = find_held_out(config, place, "pairs", data)
+    return TextPairs(pairs, tests, config.encoder, place)
 
 
 def _images(config: DataSettings, key: str) -> Images:

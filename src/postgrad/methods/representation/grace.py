@@ -1,7 +1,7 @@
 """Generative Representation Learning via Contrastive Policy Optimization."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -12,40 +12,34 @@ from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.evaluation.retrieval import retrieval_metrics
 from postgrad.methods.base import FourParts, Metrics, Place
-from postgrad.methods.language.base import (
-    DataSettings,
-    RolloutSettings,
-    find_data,
-    find_held_out,
-)
+from postgrad.methods.data import DataSettings
+from postgrad.methods.language.base import Given, RolloutSettings
 from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
 from postgrad.methods.representation.text import INSTRUCTION, TextEncoder
-from postgrad.models.embedding_format import save_embedding_model
-from postgrad.models.language import LanguagePolicy
 from postgrad.rewards.contrastive import (
     contrastive_rationale_reward,
     unsupervised_rationale_reward,
 )
-from postgrad.sampling.epochs import Epochs
 from postgrad.sampling.generation import Rollouts, generate
 from postgrad.seeding import derive
-from postgrad.tasks import Examples
 from postgrad.timing import timed
 
 
 class GraceSettings(PolicyGradientSettings):
     """GRACE's settings."""
 
-    data: DataSettings = setting(DataSettings(name="docstrings"), "triples, or texts")
+    data: DataSettings = setting(
+        DataSettings(name="docstrings"), "pairs; triples with negative_weight; texts unsupervised"
+    )
     mode: Literal["supervised", "unsupervised"] = setting(
-        "supervised", "triples with a query, or raw texts that are their own queries"
+        "supervised", "pairs of a query and its text, or raw texts that are their own queries"
     )
     instruction: str = setting(INSTRUCTION, "asks for the rationale, before every text")
     max_text_tokens: int = setting(72, "longer texts are cut (code: 1024)", gt=0)
     rollout: RolloutSettings = setting(
-        RolloutSettings(samples=8, max_new_tokens=24),
-        "K rationales a text (code: 2048 tokens)",
-        source="train.sh",
+        RolloutSettings(samples=8, max_new_tokens=24, temperature=0.7),
+        "K rationales a text (code: 2048 tokens at temperature 1)",
+        source="K: train.sh, temperature: measured",
     )
     partner_temperature: float = setting(
         0.5, "sampling temperature of the query's and the negative's rationale",
@@ -82,10 +76,12 @@ class Grace(ClippedPolicyGradient):
 
     With `negatives=paper`, R_neg and R_hard do not depend on k and cancel in A: the published
     objective is attraction and consistency alone. `per_rollout`, the default here, measures both
-    terms from each rollout, as the authors' code does in the unsupervised mode; there the given
-    negative, a text of the same kind as the positive, made the rationales drift, so its weight w
-    is 0 by default. The rule that gives
-    truncated rationales a reward of -1 is off by default, since short rationales are always cut.
+    terms from each rollout, as the authors' code does in the unsupervised mode. Other defaults
+    that differ from the authors' were measured on a part of the training data: the given negative,
+    a text of the same kind as the positive, made the rationales drift, so its weight w is 0 (pairs
+    suffice then); at a temperature of 1 a small model first learns what being less random would
+    have given it, while evaluation writes greedily, so rationales are sampled at 0.7; the rule that
+    gives truncated rationales a reward of -1 is off, since short rationales are always cut.
     """
 
     Config = GraceSettings
@@ -98,14 +94,7 @@ class Grace(ClippedPolicyGradient):
     )
     config: GraceSettings
 
-    def __init__(
-        self,
-        config: GraceSettings,
-        place: Place,
-        *,
-        model: LanguagePolicy | None = None,
-        data: Examples | list[dict[str, Any]] | None = None,
-    ):
+    def __init__(self, config: GraceSettings, place: Place, **given: Unpack[Given]):
         if config.rollout.samples < 2:
             raise PostgradError(
                 "rollout.samples: the advantage compares the rationales of a text, so GRACE needs "
@@ -116,15 +105,13 @@ class Grace(ClippedPolicyGradient):
                 "batch_size: the hard-negative reward compares texts of a batch, so it needs at "
                 f"least 2, got {config.batch_size} (or set hard_negatives=0)"
             )
-        super().__init__(config, place, model=model)
-        needed = "triples" if config.mode == "supervised" else "text"
-        self.data = find_data(config.data, place, needed, data)
-        held_out = find_held_out(config, place, "triples" if data is None else needed)
-        self.held_out = held_out.first(config.eval_size) if held_out is not None else None
+        formats = "triples" if config.negative_weight > 0 else "pairs"
+        if config.mode == "unsupervised":
+            formats = "text"
+        super().__init__(config, place, formats, given, held_out_formats="pairs")
         self.encoder = TextEncoder(
             self.policy, instruction=config.instruction, max_text_tokens=config.max_text_tokens
         )
-        self.order = Epochs(len(self.data), config.batch_size, place.seed)
         self.first_rationales: list[str] = []
         self.last_rationales: list[str] = []
 
@@ -136,7 +123,7 @@ class Grace(ClippedPolicyGradient):
         else:
             texts = [row["positive"] for row in rows]
             partners = [[row["anchor"] for row in rows]]
-            if all(row.get("negative") for row in rows):
+            if self.config.negative_weight > 0:
                 partners.append([row["negative"] for row in rows])
         rollouts = self._write(
             texts, step, "text", self.config.rollout.samples, self.config.rollout.temperature
@@ -238,9 +225,6 @@ class Grace(ClippedPolicyGradient):
             for n, row in zip(range(offset, offset + 8), rows, strict=False)
         ]
 
-    def fingerprints(self) -> dict[str, str]:
-        return {"data": self.data.fingerprint}
-
     def state_dict(self) -> dict[str, Any]:
         return {"first_rationales": self.first_rationales}
 
@@ -248,9 +232,4 @@ class Grace(ClippedPolicyGradient):
         self.first_rationales = list(state["first_rationales"])
 
     def save(self, folder: Path) -> None:
-        save_embedding_model(
-            self.policy,
-            folder,
-            prefix=self.encoder.prefix,
-            max_text_tokens=self.config.max_text_tokens,
-        )
+        self.encoder.save(folder)

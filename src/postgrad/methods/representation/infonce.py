@@ -1,7 +1,7 @@
 """InfoNCE: contrastive fine-tuning of a causal language model as a text encoder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,9 @@ from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.evaluation.retrieval import retrieval_metrics
 from postgrad.methods.base import Method, Metrics, Place
-from postgrad.methods.language.base import (
-    LanguageSettings,
-    find_data,
-    find_held_out,
-    find_policy,
-)
+from postgrad.methods.language.base import Given, LanguageSettings, find_materials
 from postgrad.methods.representation.text import INSTRUCTION, TextEncoder
-from postgrad.models.embedding_format import save_embedding_model
-from postgrad.models.language import LanguagePolicy
 from postgrad.objectives.contrastive import info_nce
-from postgrad.sampling.epochs import Epochs
-from postgrad.tasks import Examples
 
 
 class InfoNCESettings(LanguageSettings):
@@ -56,33 +47,23 @@ class InfoNCE(Method):
     recipe = {"steps": 100, "learning_rate": 2e-5, "schedule": "linear", "warmup_steps": 5}
     config: InfoNCESettings
 
-    def __init__(
-        self,
-        config: InfoNCESettings,
-        place: Place,
-        *,
-        model: LanguagePolicy | None = None,
-        data: Examples | list[dict[str, Any]] | None = None,
-    ):
+    def __init__(self, config: InfoNCESettings, place: Place, **given: Unpack[Given]):
         super().__init__(config, place)
         if config.batch_size < 2 and not config.hard_negatives:
             raise PostgradError("batch_size: a batch of 1 has no negatives, expected at least 2")
-        needed = "triples" if config.hard_negatives else "pairs"
-        self.data = find_data(config.data, place, needed, data)
-        self._held_out = None
-        if data is None or config.eval_data is not None:
-            self._held_out = find_held_out(config, place, "pairs")
-        self.policy = find_policy(config, place, model)
+        formats = "triples" if config.hard_negatives else "pairs"
+        found = find_materials(config, place, formats, given, held_out_formats="pairs")
+        self.policy, self.data, self.held_out = found.policy, found.data, found.held_out
+        self.order = found.order
         self.encoder = TextEncoder(
             self.policy, instruction=config.instruction, max_text_tokens=config.max_text_tokens
         )
-        self._epochs = Epochs(len(self.data), config.batch_size, place.seed)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
 
     def collect(self, step: int) -> Batch:
-        rows = [self.data.rows[i] for i in self._epochs.indices(step).tolist()]
+        rows = [self.data.rows[i] for i in self.order.indices(step).tolist()]
         batch = Batch(
             anchor=[row["anchor"] for row in rows], positive=[row["positive"] for row in rows]
         )
@@ -108,9 +89,9 @@ class InfoNCE(Method):
 
     def evaluate(self) -> Metrics:
         """Retrieval of each held-out anchor's positive among the first `eval_size` positives."""
-        if self._held_out is None:
+        if self.held_out is None:
             return {}
-        rows = self._held_out.first(self.config.eval_size).rows
+        rows = self.held_out.rows
         anchors, positives = (
             torch.cat(
                 [
@@ -132,9 +113,4 @@ class InfoNCE(Method):
         return {"data": self.data.fingerprint}
 
     def save(self, folder: Path) -> None:
-        save_embedding_model(
-            self.policy,
-            folder,
-            prefix=self.encoder.prefix,
-            max_text_tokens=self.config.max_text_tokens,
-        )
+        self.encoder.save(folder)

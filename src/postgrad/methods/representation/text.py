@@ -1,12 +1,14 @@
 """A causal language model as a text encoder: the rendering and pooling that its methods share."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from postgrad.errors import PostgradError
+from postgrad.models.embedding_format import save_embedding_model
 from postgrad.models.language import LanguagePolicy
 
 INSTRUCTION = "Read the text and say in one plain sentence what it does."
@@ -60,6 +62,15 @@ class TextEncoder:
         own = [self._own(text) for text in texts]
         # the prefix as a prompt that all share: its keys and values are computed once
         return self.policy.embed([self.prefix] * len(own), own, skip=self.prefix_length)
+
+    def save(self, folder: Path) -> None:
+        """Write the model so that sentence-transformers loads it with this rendering and pooling.
+
+        There it embeds texts without rationales.
+        """
+        save_embedding_model(
+            self.policy, folder, prefix=self.prefix, max_text_tokens=self.max_text_tokens
+        )
 
     def _own(self, text: str) -> Tensor:
         if not text.strip():

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,10 @@ from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
-from postgrad.methods.language.base import (
-    DataSettings,
-    LanguageSettings,
-    find_data,
-    find_held_out,
-    find_policy,
-    render_prompts,
-)
+from postgrad.methods.data import DataSettings
+from postgrad.methods.language.base import Given, LanguageSettings, find_materials, render_prompts
 from postgrad.models.language import LanguagePolicy
 from postgrad.objectives.pairwise import margin, sequence_logprobs
-from postgrad.sampling.epochs import Epochs
 from postgrad.tasks import Examples
 from postgrad.timing import timed
 
@@ -88,27 +81,13 @@ class PairwisePreference(Method):
 
     config: PairwiseSettings
 
-    def __init__(
-        self,
-        config: PairwiseSettings,
-        place: Place,
-        *,
-        model: LanguagePolicy | None = None,
-        data: Examples | list[dict[str, Any]] | None = None,
-        eval_data: Examples | list[dict[str, Any]] | None = None,
-    ):
+    def __init__(self, config: PairwiseSettings, place: Place, **given: Unpack[Given]):
         super().__init__(config, place)
-        self.policy = find_policy(config, place, model)
+        found = find_materials(config, place, "preferences", given)
+        self.policy, self.order = found.policy, found.order
         self.policy.freeze_reference()
-        self.pairs = Pairs(self.policy, find_data(config.data, place, "preferences", data), config)
-        if eval_data is not None:
-            held_out: Examples | None = find_data(config.data, place, "preferences", eval_data)
-        else:
-            held_out = find_held_out(config, place, "preferences", data)
-        self.held_out = (
-            Pairs(self.policy, held_out.first(config.eval_size), config) if held_out else None
-        )
-        self.order = Epochs(len(self.pairs), config.batch_size, place.seed)
+        self.pairs = Pairs(self.policy, found.data, config)
+        self.held_out = Pairs(self.policy, found.held_out, config) if found.held_out else None
 
     @abstractmethod
     def pair_loss(self, delta: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,8 @@ from torch import Tensor, nn
 from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.methods.base import Method, Metrics, Place
-from postgrad.methods.language.base import (
-    DataSettings,
-    LanguageSettings,
-    find_data,
-    find_held_out,
-    find_policy,
-    render_prompts,
-)
-from postgrad.models.language import LanguagePolicy
-from postgrad.sampling.epochs import Epochs
+from postgrad.methods.data import DataSettings
+from postgrad.methods.language.base import Given, LanguageSettings, find_materials, render_prompts
 from postgrad.tasks import Examples
 
 FORMATS = ("demonstrations", "text")
@@ -45,23 +37,15 @@ class SFT(Method):
     recipe = {"learning_rate": 2e-5, "steps": 100, "schedule": "cosine", "warmup_steps": 5}
     config: SFTSettings
 
-    def __init__(
-        self,
-        config: SFTSettings,
-        place: Place,
-        *,
-        model: LanguagePolicy | None = None,
-        data: Examples | list[dict[str, Any]] | None = None,
-    ):
+    def __init__(self, config: SFTSettings, place: Place, **given: Unpack[Given]):
         super().__init__(config, place)
-        self.policy = find_policy(config, place, model)
-        self.data = _single_turns(find_data(config.data, place, FORMATS, data))
+        found = find_materials(config, place, FORMATS, given)
+        self.policy, self.order = found.policy, found.order
+        self.data = _single_turns(found.data)
         self.items = self._tokenise(self.data)
-        held_out = find_held_out(config, place, "demonstrations", data)
         self.held_out = None
-        if held_out is not None:
-            self.held_out = self._tokenise(_single_turns(held_out.first(config.eval_size)))
-        self.order = Epochs(len(self.data), config.batch_size, place.seed)
+        if found.held_out is not None:
+            self.held_out = self._tokenise(_single_turns(found.held_out))
 
     def _tokenise(self, examples: Examples) -> Batch:
         limit = self.config.max_response_tokens

@@ -1,6 +1,6 @@
 """Group Relative Policy Optimization."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -10,19 +10,12 @@ from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import FourParts, Metrics, Place
-from postgrad.methods.language.base import (
-    DataSettings,
-    find_data,
-    find_held_out,
-    render_prompts,
-)
+from postgrad.methods.data import DataSettings
+from postgrad.methods.language.base import Given, render_prompts
 from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
-from postgrad.models.language import LanguagePolicy
 from postgrad.rewards import RewardSpec, load_rewards
-from postgrad.sampling.epochs import Epochs
 from postgrad.sampling.generation import Rollouts, generate
 from postgrad.seeding import derive
-from postgrad.tasks import Examples
 from postgrad.timing import timed
 
 
@@ -75,22 +68,14 @@ class GRPO(ClippedPolicyGradient):
     config: GRPOSettings
 
     def __init__(
-        self,
-        config: GRPOSettings,
-        place: Place,
-        *,
-        model: LanguagePolicy | None = None,
-        data: Examples | list[dict[str, Any]] | None = None,
-        reward: Any = None,
+        self, config: GRPOSettings, place: Place, *, reward: Any = None, **given: Unpack[Given]
     ):
         if config.rollout.samples < 2 and config.baseline == "group-mean":
             raise PostgradError(
                 "rollout.samples: a group-normalised advantage needs at least 2 samples a prompt, "
                 f"got {config.rollout.samples}"
             )
-        super().__init__(config, place, model=model)
-        self.data = find_data(config.data, place, "prompts", data)
-        self.held_out = find_held_out(config, place, "prompts", data)
+        super().__init__(config, place, "prompts", given)
         spec = reward if reward is not None else (config.reward or self.data.verifier)
         if spec is None:
             raise PostgradError(
@@ -101,9 +86,7 @@ class GRPO(ClippedPolicyGradient):
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         if self.held_out is not None:
-            self.held_out = self.held_out.first(config.eval_size)
             self.held_out_prompts = render_prompts(self.policy, self.held_out, config, room)
-        self.order = Epochs(len(self.prompts), config.batch_size, place.seed)
 
     def check(self) -> None:
         self.rewards.probe(self.data.rows[0])
@@ -170,6 +153,3 @@ class GRPO(ClippedPolicyGradient):
             **({f"reward/{n}": m for n, m in means.items()} if len(means) > 1 else {}),
             "length": sum(lengths) / len(lengths),
         }
-
-    def fingerprints(self) -> dict[str, str]:
-        return {"data": self.data.fingerprint}
