@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 from click.testing import CliRunner
 
@@ -91,6 +92,39 @@ def test_training_leaves_a_complete_run_and_can_be_inspected(call, tmp_path):
         return [json.loads(line).get("loss") for line in lines]
 
     assert losses("run") == losses("again")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("grace", ["--model", "tiny", "rollout.max_new_tokens=2", "rollout.samples=2"]),
+        ("infonce", ["--model", "tiny"]),
+        ("isogclr", []),
+    ],
+)
+def test_texts_are_embedded(call, refused, tmp_path, method, settings):
+    quick = ["--data", "docstrings", "steps=1", "batch_size=2", "report=false", "output=run"]
+    if method != "isogclr":
+        quick += ["eval_size=2", "max_text_tokens=8"]
+    done = call("train", method, *settings, *quick)
+    assert done.exit_code == 0, done.output
+    Path("texts.txt").write_text("one\nanother\n" * 20)
+    assert call("embed", "run", "texts.txt").exit_code == 0
+    vectors = numpy.load("texts.npy")
+    assert len(vectors) == 40
+    assert numpy.isfinite(vectors).all()
+    assert numpy.allclose(vectors[0], vectors[38], atol=1e-4)
+    assert abs(vectors[0] - vectors[1]).max() > 1e-3
+    refused("gone.txt does not exist", "embed", "run", "gone.txt")
+    Path("hole.txt").write_text("one\n\n")
+    refused("hole.txt, row 2: the text is empty", "embed", "run", "hole.txt")
+
+
+def test_a_run_on_images_embeds_no_texts(call, refused):
+    arguments = ["train", "isogclr", "steps=1", "report=false", "output=run"]
+    assert call(*arguments).exit_code == 0
+    Path("texts.txt").write_text("one\n")
+    refused("encoder is for images", "embed", "run", "texts.txt")
 
 
 def test_a_resumed_run_says_which_keys_differ(call, tmp_path):

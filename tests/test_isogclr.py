@@ -74,10 +74,14 @@ def test_no_training_image_is_held_out():
     assert sum(image.tobytes() in seen for image in test.pixels) <= 1  # the data holds few doubles
 
 
-def test_splits_depend_on_their_seed_alone():
-    first, again = load_images("digits"), load_images("digits")
-    other = load_images("digits", settings={"split_seed": 1})
-    assert first.fingerprint == again.fingerprint != other.fingerprint
+def test_a_split_depends_on_its_seed_alone_and_the_test_images_on_nothing():
+    def drawn(split, seed):
+        return load_images("digits", split=split, settings={"split_seed": seed})
+
+    for split in ("train", "validation"):
+        assert drawn(split, 0).fingerprint == drawn(split, 0).fingerprint
+        assert drawn(split, 0).fingerprint != drawn(split, 1).fingerprint
+    assert drawn("test", 0).fingerprint == drawn("test", 1).fingerprint
 
 
 def test_a_folder_of_images(tmp_path):

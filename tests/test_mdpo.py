@@ -15,6 +15,7 @@ from postgrad.catalogue import method_class
 from postgrad.config import parse_overrides, resolve
 from postgrad.errors import PostgradError
 from postgrad.evaluation.control import evaluate_saved_policy
+from postgrad.inspection import evaluate
 from postgrad.methods.base import Method, Place
 from postgrad.models.distributions import SquashedGaussian
 from postgrad.training.optimise import Optimisers
@@ -282,6 +283,10 @@ def test_the_saved_policy_is_the_one_that_was_evaluated(case, tmp_path):
     slug, settings = CASES[case]
     run = train(slug, **{**SMALL, **settings}, steps=2, output=str(tmp_path / "run"))
     assert evaluate_saved_policy(tmp_path / "run" / "model", episodes=2) == run.evaluation
+    assert evaluate(str(tmp_path / "run"), None, 1) == run.evaluation
+    assert evaluate(str(tmp_path / "run" / "model"), None, 1)["episode_length"] > 0
+    with pytest.raises(PostgradError, match="has 6 observations and 3 actions, the policy learned"):
+        evaluate(str(tmp_path / "run"), "Acrobot-v1", 1)
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
     assert {"observation", "action", "reward"} <= samples[0].keys()
 

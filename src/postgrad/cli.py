@@ -41,7 +41,7 @@ _method = click.argument("method", shell_complete=_complete_method)
 
 @main.command("list")
 @click.option("--family", help="Only this family, e.g. control or language/preference.")
-@click.option("--ready", is_flag=True, help="Only methods that are ready.")
+@click.option("--ready", is_flag=True, help="Only what can be trained now, baselines included.")
 @click.option("--json", "as_json", is_flag=True, help="An array of objects.")
 def list_methods(family: str | None, ready: bool, as_json: bool) -> None:
     """List the methods and their status."""
@@ -54,7 +54,7 @@ def list_methods(family: str | None, ready: bool, as_json: bool) -> None:
         entry
         for entry in entries().values()
         if (not family or f"{entry.family}/".startswith(f"{family}/"))
-        and (not ready or entry.status == "ready")
+        and (not ready or entry.status != "planned")
     ]
     if as_json:
         names = ("slug", "title", "paper", "year", "family", "kind", "needs", "status")

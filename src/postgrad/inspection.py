@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy
 import torch
@@ -12,9 +12,11 @@ from postgrad.api import build
 from postgrad.catalogue import method_class
 from postgrad.config import read_yaml, resolve
 from postgrad.errors import PostgradError
+from postgrad.evaluation.control import evaluate_saved_policy
 from postgrad.evaluation.language import evaluate_policy
 from postgrad.methods.base import Method, Place
 from postgrad.methods.representation.text import TextEncoder
+from postgrad.models.control import is_policy
 from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.seeding import seed_everything
@@ -32,14 +34,14 @@ class Embedder(Protocol):
     def embed(self, texts: list[str]) -> Tensor: ...
 
 
-def open_run(folder: Path, changes: dict[str, Any] | None = None) -> Method:
+def open_run(folder: Path) -> Method:
     """The method of a run with its newest good checkpoint loaded."""
     if not is_run(folder):
         raise PostgradError(f"{folder} is not a run folder: it has no config.yaml and run.json")
     saved = read_yaml(folder / "config.yaml")
     slug = str(saved.pop("method"))
     kind = method_class(slug)
-    loop, own = resolve(kind.Config, kind.recipe, saved, changes or {})
+    loop, own = resolve(kind.Config, kind.recipe, saved)
     seed_everything(loop.seed)
     method = build(slug, own, Place(loop.seed, pick_device(loop.device), loop.steps), {})
     found = load_latest(folder / "checkpoints", lambda line: None)
@@ -53,24 +55,28 @@ def open_run(folder: Path, changes: dict[str, Any] | None = None) -> Method:
 
 
 def evaluate(run_or_model: str, task: str | None, limit: int) -> dict[str, float]:
-    """Metrics of a run on its own held-out data, or of any language model on a task.
+    """Metrics of a run on its own held-out data, or of any model on a task.
 
     What is measured follows from the task: mean reward of greedy answers where it has a verifier,
     retrieval for triples, the share of chosen responses that are likelier for preference pairs,
-    next-token loss for demonstrations and plain text.
+    next-token loss for demonstrations and plain text. A control policy's task is the id of an
+    environment, by default the one it learned in.
     """
     folder = Path(run_or_model)
+    control = next(filter(is_policy, (folder / "model", folder)), None)
+    if control is not None and (task is not None or not is_run(folder)):
+        return evaluate_saved_policy(control, environment=task)
     if task is None:
         if not is_run(folder):
             raise PostgradError(f"--task: {run_or_model} is no run folder, so name a task or data")
-        return _own_evaluation(folder, {})
+        return _own_evaluation(folder)
     split = "test" if Examples.has_test_split(task) else "train"
     examples = load(task, split=split)
     return evaluate_policy(_policy(run_or_model), examples.first(limit))
 
 
-def _own_evaluation(folder: Path, changes: dict[str, Any]) -> dict[str, float]:
-    method = open_run(folder, changes)
+def _own_evaluation(folder: Path) -> dict[str, float]:
+    method = open_run(folder)
     precision = read_yaml(folder / "config.yaml").get("precision", "fp32")
     with torch.no_grad(), autocast(precision, method.place.device):
         metrics = method.evaluate()
@@ -104,10 +110,9 @@ def embed_file(run: str, file: Path, output: Path | None) -> tuple[Path, tuple[i
             raise PostgradError(f"{run}: its method does not train an embedder")
         vectors = method.embed(texts)
     else:
-        with torch.no_grad():
-            vectors = TextEncoder(_policy(run), max_text_tokens=512).embed(texts)
+        vectors = TextEncoder(_policy(run), max_text_tokens=512).embed_all(texts)
     try:
-        numpy.save(target, vectors.float().cpu().numpy())
+        numpy.save(target, vectors.numpy())
     except OSError as error:
         raise PostgradError(f"cannot write {target}: {error.strerror}") from error
     return target, tuple(vectors.shape)

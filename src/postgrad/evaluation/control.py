@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from postgrad.errors import PostgradError
 from postgrad.models.control import Policy, load_policy
 from postgrad.sampling.environments import Environments, MakeEnvironment, environment_maker
 
@@ -22,6 +23,13 @@ def evaluate_policy(policy: Policy, make: MakeEnvironment, episodes: int) -> dic
     device = next(policy.parameters()).device
     unit = policy.shape.kind == "squashed-gaussian"
     environments = Environments(make, episodes, EVALUATION_SEED, unit_actions=unit)
+    found = (environments.spaces.observations, environments.spaces.actions)
+    learned = (policy.shape.observations, policy.shape.actions)
+    if found != learned:
+        raise PostgradError(
+            "the environment has {} observations and {} actions, the policy learned with {} and "
+            "{}".format(*found, *learned)
+        )
     first: dict[int, Any] = {}
     for _ in range(LONGEST_EPISODE):
         observations = torch.from_numpy(environments.observations).to(device)
@@ -37,10 +45,16 @@ def evaluate_policy(policy: Policy, make: MakeEnvironment, episodes: int) -> dic
     }
 
 
-def evaluate_saved_policy(folder: Path, episodes: int = 10) -> dict[str, float]:
-    """`evaluate_policy` for the policy that a run saved in `folder`, in its own environment."""
-    policy, environment = load_policy(folder)
-    make = environment_maker(
-        environment["name"], environment["settings"], environment["episode_limit"]
-    )
+def evaluate_saved_policy(
+    folder: Path, episodes: int = 10, environment: str | None = None
+) -> dict[str, float]:
+    """`evaluate_policy` for the policy that a run saved in `folder`.
+
+    In its own environment, or in another one by its Gymnasium id.
+    """
+    policy, own = load_policy(folder)
+    if environment is None:
+        make = environment_maker(own["name"], own["settings"], own["episode_limit"])
+    else:
+        make = environment_maker(environment, {}, None)
     return evaluate_policy(policy, make, episodes)

@@ -186,6 +186,11 @@ def save_policy(policy: Policy, environment: dict[str, Any], folder: Path) -> No
     (folder / DESCRIPTION).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
+def is_policy(folder: Path) -> bool:
+    """Whether `save_policy` wrote this folder."""
+    return (folder / DESCRIPTION).is_file()
+
+
 def load_policy(folder: Path) -> tuple[Policy, dict[str, Any]]:
     """The policy that `save_policy` wrote, and the description of its environment."""
     for name in (DESCRIPTION, WEIGHTS):

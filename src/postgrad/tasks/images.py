@@ -43,7 +43,7 @@ class ImageOptions:
 
     - `head`: class c keeps at most `head * decay**c` training images; None: four fifths of it.
     - `decay`: 1 keeps the classes balanced, less makes a long tail.
-    - `split_seed`: which images fall into which split.
+    - `split_seed`: which images are for training and which for validation.
     - `size`: images are squares of so many pixels. Those of a folder are scaled to it; a digit
       (8 x 8) stands at a random place of it.
     - `colour`: images of a folder keep their three channels.
@@ -111,11 +111,15 @@ def load_images(
 def _split(
     labels: numpy.ndarray, classes: tuple[str, ...], options: ImageOptions
 ) -> dict[str, numpy.ndarray]:
-    """The positions of each split's images, in the order of the data."""
+    """The positions of each split's images, in the order of the data.
+
+    The test images do not depend on `split_seed`: what is tuned on one split is unseen in another.
+    """
+    fixed = numpy.random.default_rng(0)
     chance = numpy.random.default_rng(options.split_seed)
     parts: dict[str, list[numpy.ndarray]] = {split: [] for split in SPLITS}
     for number, name in enumerate(classes):
-        members = chance.permutation(numpy.flatnonzero(labels == number))
+        members = fixed.permutation(numpy.flatnonzero(labels == number))
         if len(members) < 3:
             raise PostgradError(
                 f"class {name!r} has {len(members)} image(s): one each for training, validation "
@@ -126,7 +130,8 @@ def _split(
             keep = min(round(options.head * options.decay**number), len(members) - 2)
         keep = max(keep, 1)
         middle = keep + (len(members) - keep) // 2
-        for split, part in zip(SPLITS, numpy.split(members, [keep, middle]), strict=True):
+        seen = chance.permutation(members[:middle])
+        for split, part in zip(SPLITS, (seen[:keep], seen[keep:], members[middle:]), strict=True):
             parts[split].append(part)
     return {split: numpy.sort(numpy.concatenate(parts[split])) for split in SPLITS}
 

@@ -82,6 +82,13 @@ class Contrast(Method):
     def evaluate(self) -> Metrics:
         return self.source.evaluate()
 
+    def embed(self, texts: list[str]) -> Tensor:
+        """Embeddings `[N, d]` of texts; a `PostgradError` if the encoder is one of images."""
+        if not isinstance(self.source, TextPairs):
+            raise PostgradError("this run's encoder is for images, not for texts")
+        with torch.no_grad():
+            return self.source.encoder(texts).float().cpu()
+
     def samples(self, batch: Batch) -> list[dict[str, Any]]:
         return [self.source.describe(i) for i in batch.index[:4].tolist()]
 

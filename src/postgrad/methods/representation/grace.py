@@ -1,5 +1,6 @@
 """Generative Representation Learning via Contrastive Policy Optimization."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -15,7 +16,7 @@ from postgrad.methods.base import FourParts, Metrics, Place
 from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import Given, RolloutSettings
 from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
-from postgrad.methods.representation.text import INSTRUCTION, TextEncoder
+from postgrad.methods.representation.text import INSTRUCTION, TextEncoder, parts_of
 from postgrad.rewards.contrastive import (
     contrastive_rationale_reward,
     unsupervised_rationale_reward,
@@ -171,7 +172,7 @@ class Grace(ClippedPolicyGradient):
         )
 
     def _write(
-        self, texts: list[str], step: int, who: str, samples: int, temperature: float
+        self, texts: Sequence[str], step: int, who: str, samples: int, temperature: float
     ) -> Rollouts:
         """Rationales of `texts`, `samples` of each."""
         seeds = [
@@ -190,10 +191,11 @@ class Grace(ClippedPolicyGradient):
 
     def embed(self, texts: list[str], *, rationale: bool = True) -> Tensor:
         """Embeddings `[N, d]` of texts, with a greedily written rationale or without one."""
+        if not rationale:
+            return self.encoder.embed_all(texts)
         with torch.no_grad():
-            if not rationale:
-                return self.encoder.embed(texts).float().cpu()
-            return self._embed(self._write(texts, 0, "inference", 1, 0.0))
+            written = (self._write(part, 0, "inference", 1, 0.0) for part in parts_of(texts))
+            return torch.cat([self._embed(rationales) for rationales in written])
 
     def evaluate(self) -> Metrics:
         """Retrieval of the positive among all held-out positives, with greedy rationales."""

@@ -92,16 +92,12 @@ class InfoNCE(Method):
         if self.held_out is None:
             return {}
         rows = self.held_out.rows
-        anchors, positives = (
-            torch.cat(
-                [
-                    self.encoder.embed([row[kind] for row in rows[start : start + 16]])
-                    for start in range(0, len(rows), 16)
-                ]
-            )
-            for kind in ("anchor", "positive")
-        )
-        return retrieval_metrics(anchors, positives)
+        sides = ([row[side] for row in rows] for side in ("anchor", "positive"))
+        return retrieval_metrics(*map(self.embed, sides))
+
+    def embed(self, texts: list[str]) -> Tensor:
+        """Embeddings `[N, d]` of texts."""
+        return self.encoder.embed_all(texts)
 
     def samples(self, batch: Batch) -> list[dict[str, Any]]:
         return [

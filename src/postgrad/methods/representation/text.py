@@ -1,6 +1,6 @@
 """A causal language model as a text encoder: the rendering and pooling that its methods share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from postgrad.models.language import LanguagePolicy
 INSTRUCTION = "Read the text and say in one plain sentence what it does."
 # texts of which no two begin or end with the same token
 _PROBES = ("Hello", "a = 1", "7 days", "(x)")
+_AT_ONCE = 32  # texts in one forward pass without gradients
 
 
 class TextEncoder:
@@ -63,6 +64,12 @@ class TextEncoder:
         # the prefix as a prompt that all share: its keys and values are computed once
         return self.policy.embed([self.prefix] * len(own), own, skip=self.prefix_length)
 
+    @torch.no_grad()
+    def embed_all(self, texts: Sequence[str]) -> Tensor:
+        """The same without gradients, on the CPU, for any number of texts."""
+        parts = [self.embed(part).float().cpu() for part in parts_of(texts)]
+        return torch.cat(parts)
+
     def save(self, folder: Path) -> None:
         """Write the model so that sentence-transformers loads it with this rendering and pooling.
 
@@ -89,6 +96,12 @@ class TextEncoder:
             return self.policy.render(
                 [{"role": "user", "content": f"{self.instruction}\n\n{text}"}]
             )
+
+
+def parts_of(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Any number of texts, as many at a time as one forward pass takes."""
+    for start in range(0, len(texts), _AT_ONCE):
+        yield texts[start : start + _AT_ONCE]
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
