@@ -82,11 +82,12 @@ class Grace(ClippedPolicyGradient):
     a text of the same kind as the positive, made the rationales drift, so its weight w is 0 (pairs
     suffice then); at a temperature of 1 a small model first learns what being less random would
     have given it, while evaluation writes greedily, so rationales are sampled at 0.7; the rule that
-    gives truncated rationales a reward of -1 is off, since short rationales are always cut.
+    gives truncated rationales a reward of -1 is off, since short rationales are always cut. Without
+    warm-up AdamW's first steps, as long as all others, sometimes make the rationales collapse.
     """
 
     Config = GraceSettings
-    recipe = {"learning_rate": 1e-4, "steps": 20, "precision": "bf16"}
+    recipe = {"learning_rate": 1e-4, "warmup_steps": 4, "steps": 20, "precision": "bf16"}
     parts = FourParts(
         mask="PPO clip (inactive with one update a rollout)",
         denominator="the policy that sampled",
