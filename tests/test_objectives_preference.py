@@ -210,31 +210,6 @@ def test_other_wrong_calls():
         plackett_luce(torch.zeros(3, 1))
 
 
-def test_the_tabular_optimum_of_dpo_is_the_tilted_reference():
-    # Pairs weighted by their Bradley-Terry probability stand for infinite data.
-    beta, actions = 0.5, 6
-    generator = torch.Generator().manual_seed(0)
-    reward, ref_logits = torch.randn(2, actions, generator=generator, dtype=torch.float64)
-    reference = ref_logits.log_softmax(0)
-    wins = torch.sigmoid(reward.unsqueeze(1) - reward.unsqueeze(0))
-    first, second = torch.meshgrid(torch.arange(actions), torch.arange(actions), indexing="ij")
-    logits = torch.zeros(actions, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0)
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        policy = logits.log_softmax(0)
-        delta = margin(policy[first], policy[second], reference[first], reference[second])
-        loss = (wins * logistic(beta * delta)).mean()
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    policy = logits.detach().log_softmax(0)
-    optimum = (reference + reward / beta).log_softmax(0)
-    assert float((policy.exp() * (policy - optimum)).sum()) < 1e-6
-
-
 def test_plackett_luce_of_two_is_dpo_and_of_three_a_distribution():
     scores = torch.randn(9, 2, dtype=torch.float64)
     torch.testing.assert_close(plackett_luce(scores), logistic(scores[:, 0] - scores[:, 1]))
