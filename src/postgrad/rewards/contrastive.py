@@ -44,7 +44,7 @@ def contrastive_rationale_reward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Rewards `[B, K]` of K rationales for each of B positive texts, and their terms `[B, K]`.
 
-    `query` `[B, d]`, `positive` `[B, K, d]`, `negative` `[B, d]` or None (its term is then 0).
+    `query` `[B, d]`, `positive` `[B, K, d]`, `negative` `[B, d]` or None (it then has no term).
 
     R = (positive + negative_weight * negative + consistency * R_cons + hard_negatives * R_hard)
     / temperature with
@@ -73,25 +73,16 @@ def contrastive_rationale_reward(
         hard = -_mean_over_others(hardest).unsqueeze(1).expand_as(attraction)
     else:
         hard = -_mean_over_others(torch.einsum("ikd,jd->ijk", positive, query))
-    repulsion = torch.zeros_like(attraction)
+    agreement = _agreement(positive)
+    terms = {"positive": attraction, "consistency": agreement, "hard_negatives": hard}
+    rewards = attraction + consistency * agreement + hard_negatives * hard
     if negative is not None:
         negative = _unit("negative", negative, 2)
         _expect_match("negative", negative, positive)
         against = query.unsqueeze(1).expand_as(positive) if negatives == "paper" else positive
-        repulsion = -torch.einsum("ikd,id->ik", against, negative)
-    terms = {
-        "positive": attraction,
-        "negative": repulsion,
-        "consistency": _agreement(positive),
-        "hard_negatives": hard,
-    }
-    rewards = (
-        attraction
-        + negative_weight * repulsion
-        + consistency * terms["consistency"]
-        + hard_negatives * terms["hard_negatives"]
-    ) / temperature
-    return _penalise(rewards, truncated, truncation_reward), terms
+        terms["negative"] = -torch.einsum("ikd,id->ik", against, negative)
+        rewards = rewards + negative_weight * terms["negative"]
+    return _penalise(rewards / temperature, truncated, truncation_reward), terms
 
 
 @_in_full_precision
