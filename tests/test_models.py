@@ -133,6 +133,16 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path):
         load_policy(str(tmp_path))
 
 
+def test_adapters_are_put_on_the_layers_that_are_named():
+    one = load_policy("tiny", tune="lora", lora=LoraSettings(targets="q_proj"))
+    adapted = {
+        n.split(".lora_")[0].split(".")[-1] for n, _ in one.named_parameters() if "lora_" in n
+    }
+    assert adapted == {"q_proj"}
+    with pytest.raises(PostgradError, match=r"layer of this model is called 'q_prj': .* q_proj"):
+        load_policy("tiny", tune="lora", lora=LoraSettings(targets=["v_proj", "q_prj"]))
+
+
 def test_wrong_tuning_and_rank():
     with pytest.raises(PostgradError, match="did you mean 'lora'"):
         load_policy("tiny", tune="lorra")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from postgrad.errors import MissingExtra, PostgradError
-from postgrad.models.adapters import LoraSettings
+from postgrad.models.adapters import LoraSettings, named_layers
 from postgrad.models.flow import FlowPolicy
 
 # an encoded prompt of Stable Diffusion 3 takes about 5 MB
@@ -282,17 +282,12 @@ def _add_adapters(network: Any, adapters: LoraSettings) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise MissingExtra("peft", "lora") from error
-    linear = [name for name, part in network.named_modules() if isinstance(part, torch.nn.Linear)]
-    named = [adapters.targets] if isinstance(adapters.targets, str) else adapters.targets
-    targets = linear if named == ["all-linear"] else named
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            raise PostgradError(f"lora.targets: no linear layer of this model is called {target!r}")
+    everywhere = [n for n, part in network.named_modules() if isinstance(part, torch.nn.Linear)]
     network.add_adapter(
         LoraConfig(
             r=adapters.rank,
             lora_alpha=adapters.alpha,
             init_lora_weights="gaussian",
-            target_modules=targets,
+            target_modules=named_layers(network, adapters) or everywhere,
         )
     )

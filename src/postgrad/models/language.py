@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from postgrad.errors import MissingExtra, PostgradError, unknown
-from postgrad.models.adapters import LoraSettings
+from postgrad.models.adapters import LoraSettings, named_layers
 from postgrad.models.embedded import EMBEDDED, smollm2_source, tiny_network, tiny_tokenizer
 from postgrad.models.policy import LanguagePolicy
 
@@ -93,7 +93,7 @@ def _adapt(network: nn.Module, settings: LoraSettings, seed: int) -> nn.Module:
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        target_modules=settings.targets,
+        target_modules=named_layers(network, settings) or "all-linear",
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
