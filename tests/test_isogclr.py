@@ -254,7 +254,7 @@ def test_eta_zero_is_sogclr_and_keeps_temperatures(tmp_path):
 
 def test_temperatures_stay_in_their_range_and_reach_the_bounds(tmp_path):
     # a large radius lets the adversary be sharp (tau falls), a small one does not (tau rises)
-    settings = {"data": FEW, "eta": 3.0, "steps": 30, "tau_min": 0.07, "tau_max": 0.4}
+    settings = {"data": FEW, "eta": 3.0, "steps": 45, "tau_min": 0.07, "tau_max": 0.4}
     low = quick("isogclr", tmp_path / "low", rho=3.0, **settings)
     high = quick("isogclr", tmp_path / "high", rho=0.001, **settings)
     assert float(low.method.tau().min()) == pytest.approx(0.07)
