@@ -20,7 +20,7 @@ from postgrad.methods.base import Method, Place
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import Finished, Loop, pick_device, writable
-from postgrad.training.record import CONFIG, RUN, RunFolder, is_run
+from postgrad.training.record import RUN, RunFolder, is_run, read_config
 
 
 @dataclass
@@ -74,9 +74,7 @@ def resume(
     `allow_changes` is off, or the run used objects that were passed from Python.
     """
     folder = Path(folder)
-    if not is_run(folder):
-        raise PostgradError(f"{folder} is not a run folder: it has no {CONFIG} and {RUN}")
-    saved = read_yaml(folder / CONFIG)
+    saved = read_config(folder)
     method = str(saved.pop("method"))
     kind = method_class(method)
     old = resolve(kind.Config, kind.recipe, saved)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from postgrad.api import build
 from postgrad.catalogue import method_class
-from postgrad.config import read_yaml, resolve
+from postgrad.config import LoopSettings, resolve
 from postgrad.errors import PostgradError
 from postgrad.evaluation.control import evaluate_saved_policy
 from postgrad.evaluation.language import evaluate_policy
@@ -23,8 +23,8 @@ from postgrad.seeding import seed_everything
 from postgrad.tasks import Examples, load
 from postgrad.training.checkpoint import load_latest, load_module_state
 from postgrad.training.loop import pick_device
-from postgrad.training.optimise import autocast
-from postgrad.training.record import is_run
+from postgrad.training.optimise import evaluated
+from postgrad.training.record import is_run, read_config
 
 
 @runtime_checkable
@@ -34,11 +34,9 @@ class Embedder(Protocol):
     def embed(self, texts: list[str]) -> Tensor: ...
 
 
-def open_run(folder: Path) -> Method:
-    """The method of a run with its newest good checkpoint loaded."""
-    if not is_run(folder):
-        raise PostgradError(f"{folder} is not a run folder: it has no config.yaml and run.json")
-    saved = read_yaml(folder / "config.yaml")
+def open_run(folder: Path) -> tuple[Method, LoopSettings]:
+    """The method of a run with its newest good checkpoint loaded, and the loop's settings."""
+    saved = read_config(folder)
     slug = str(saved.pop("method"))
     kind = method_class(slug)
     loop, own = resolve(kind.Config, kind.recipe, saved)
@@ -51,7 +49,7 @@ def open_run(folder: Path) -> Method:
     for name, module in method.modules().items():
         load_module_state(module, state["modules"][name])
     method.load_state_dict(state["method"])
-    return method
+    return method, loop
 
 
 def evaluate(run_or_model: str, task: str | None, limit: int) -> dict[str, float]:
@@ -76,10 +74,8 @@ def evaluate(run_or_model: str, task: str | None, limit: int) -> dict[str, float
 
 
 def _own_evaluation(folder: Path) -> dict[str, float]:
-    method = open_run(folder)
-    precision = read_yaml(folder / "config.yaml").get("precision", "fp32")
-    with torch.no_grad(), autocast(precision, method.place.device):
-        metrics = method.evaluate()
+    method, loop = open_run(folder)
+    metrics = evaluated(method, loop.precision)
     if not metrics:
         raise PostgradError(f"{folder} has no held-out data: name some with --task")
     return metrics
@@ -105,7 +101,7 @@ def embed_file(run: str, file: Path, output: Path | None) -> tuple[Path, tuple[i
     target = output or file.with_suffix(".npy")
     folder = Path(run)
     if is_run(folder):
-        method = open_run(folder)
+        method, _ = open_run(folder)
         if not isinstance(method, Embedder):
             raise PostgradError(f"{run}: its method does not train an embedder")
         vectors = method.embed(texts)

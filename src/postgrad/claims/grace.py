@@ -14,7 +14,7 @@ from postgrad.evaluation.language import next_token_loss
 from postgrad.methods.base import Metrics, Place
 from postgrad.models.language import load_policy
 from postgrad.tasks import load
-from postgrad.training.optimise import autocast
+from postgrad.training.optimise import evaluated
 from postgrad.training.record import METRICS, read_rows
 
 BASE, PER_ROLLOUT, PAPER, INFONCE = (
@@ -30,7 +30,6 @@ COMMON: dict[str, Any] = {
     "precision": "bf16",
     "log": [],
     "report": False,
-    "save_every": 0,
 }
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     BASE: ("grace", {}),
@@ -77,8 +76,7 @@ def _untrained(settings: dict[str, Any]) -> Metrics:
     kind = method_class("grace")
     loop, own = resolve(kind.Config, kind.recipe, settings)
     method = api.build("grace", own, Place(loop.seed), {})
-    with torch.no_grad(), autocast(loop.precision, torch.device("cpu")):
-        return method.evaluate()
+    return evaluated(method, loop.precision)
 
 
 CLAIM = Claim(

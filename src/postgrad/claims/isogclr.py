@@ -12,7 +12,6 @@ from postgrad.training.record import METRICS, read_rows
 TEMPERATURES = (0.05, 0.1, 0.2, 0.5)
 METRIC = "probe_balanced_accuracy"
 EPOCH = 7  # steps: 485 training images in batches of 64
-# learning rates and RHO: the best on validation images of splits that are not reported, see notes
 COMMON: dict[str, Any] = {
     "steps": 100 * EPOCH,
     "batch_size": 64,
@@ -21,6 +20,7 @@ COMMON: dict[str, Any] = {
     "log": [],
     "report": False,
 }
+# the best on validation images of splits that are not reported, see the notes
 SIMCLR: dict[str, Any] = {"learning_rate": 5e-3}
 ISOGCLR: dict[str, Any] = {"learning_rate": 2e-3, "rho": 1.0}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -4,6 +4,7 @@ from torch import nn
 
 from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
+from postgrad.models.network import linear_layers
 
 
 class LoraSettings(Settings):
@@ -22,11 +23,7 @@ def named_layers(network: nn.Module, settings: LoraSettings) -> list[str] | None
     if settings.targets == "all-linear":
         return None
     targets = [settings.targets] if isinstance(settings.targets, str) else settings.targets
-    linear = [
-        name
-        for name, part in network.named_modules()
-        if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
-    ]
+    linear = [name for name, _ in linear_layers(network)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear))

@@ -17,6 +17,7 @@ from torch import Tensor
 from postgrad.errors import MissingExtra, PostgradError
 from postgrad.models.adapters import LoraSettings, named_layers
 from postgrad.models.flow import FlowPolicy
+from postgrad.models.network import linear_layers
 
 # an encoded prompt of Stable Diffusion 3 takes about 5 MB
 _ENCODED_PROMPTS = 256
@@ -282,7 +283,7 @@ def _add_adapters(network: Any, adapters: LoraSettings) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise MissingExtra("peft", "lora") from error
-    everywhere = [n for n, part in network.named_modules() if isinstance(part, torch.nn.Linear)]
+    everywhere = [name for name, _ in linear_layers(network)]
     network.add_adapter(
         LoraConfig(
             r=adapters.rank,

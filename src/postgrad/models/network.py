@@ -1,5 +1,6 @@
 """What the engine needs to know of a transformers network: its decoder and its output layer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,13 @@ def packed_hidden(network: nn.Module, tokens: Tensor, positions: Tensor, layout:
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
+
+
+def linear_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of what multiplies the tokens' states with a matrix, GPT-2's kind too."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            yield name, module
 
 
 def pad_right(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from postgrad.errors import PostgradError
-from postgrad.models.network import base_of, is_adapted
+from postgrad.models.network import base_of, is_adapted, linear_layers
 from postgrad.models.probing import enable_sharing
 from postgrad.models.scoring import (
     TokenScores,
@@ -282,15 +282,8 @@ def _end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(end for end in ends if end is not None)
 
 
-def _matrices(network: nn.Module) -> Iterator[Any]:
-    """The modules whose weight is multiplied with the tokens' states."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            yield module
-
-
 def _has_float_matrices(network: nn.Module) -> bool:
-    return any(module.weight.dtype == torch.float32 for module in _matrices(network))
+    return any(layer.weight.dtype == torch.float32 for _, layer in linear_layers(network))
 
 
 def _sharing_copy(network: nn.Module) -> nn.Module:
@@ -301,7 +294,8 @@ def _sharing_copy(network: nn.Module) -> nn.Module:
 
 def _round_matrices(network: nn.Module, rounded: nn.Module, dtype: torch.dtype) -> None:
     """Give the matrices of the copy the present values of the network's, in `dtype`."""
-    for source, target in zip(_matrices(network), _matrices(rounded), strict=True):
+    pairs = zip(linear_layers(network), linear_layers(rounded), strict=True)
+    for (_, source), (_, target) in pairs:
         if target.weight is source.weight:
             target.weight = nn.Parameter(source.weight.detach().to(dtype), requires_grad=False)
         else:

@@ -29,7 +29,7 @@ from postgrad.training.checkpoint import (
     save_checkpoint,
 )
 from postgrad.training.console import Watcher
-from postgrad.training.optimise import Optimisers, autocast
+from postgrad.training.optimise import Optimisers, autocast, evaluated
 from postgrad.training.record import RunFolder
 
 
@@ -132,13 +132,8 @@ class Loop:
 
     def _evaluate(self) -> Metrics:
         states = random_states()
-        with (
-            self._keeping_what_was_learnt(),
-            timed("evaluate"),
-            torch.no_grad(),
-            autocast(self.settings.precision, self.method.place.device),
-        ):
-            metrics = self.method.evaluate()
+        with self._keeping_what_was_learnt(), timed("evaluate"):
+            metrics = evaluated(self.method, self.settings.precision)
         restore_random_states(states)
         if metrics:
             named = {f"evaluation/{name}": value for name, value in metrics.items()}

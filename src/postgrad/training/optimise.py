@@ -9,7 +9,7 @@ from torch import nn
 from postgrad.batch import Batch
 from postgrad.config import LoopSettings
 from postgrad.errors import NonFinite, PostgradError
-from postgrad.methods.base import LossFunction, Metrics
+from postgrad.methods.base import LossFunction, Method, Metrics
 from postgrad.timing import timed
 
 
@@ -18,6 +18,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def evaluated(method: Method, precision: str) -> Metrics:
+    """The method's metrics on held-out data, without gradients."""
+    with torch.no_grad(), autocast(precision, method.place.device):
+        return method.evaluate()
 
 
 def learning_rate_factor(settings: LoopSettings, step: int) -> float:

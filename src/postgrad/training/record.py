@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from postgrad.config import read_yaml
 from postgrad.errors import MissingExtra, PostgradError
 
 CONFIG, METRICS, SAMPLES, RUN = "config.yaml", "metrics.jsonl", "samples.jsonl", "run.json"
@@ -24,6 +25,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def is_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / RUN).is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run, its method included; an error if the folder is no run."""
+    if not is_run(folder):
+        raise PostgradError(f"{folder} is not a run folder: it has no {CONFIG} and {RUN}")
+    return read_yaml(folder / CONFIG)
 
 
 class RunFolder:

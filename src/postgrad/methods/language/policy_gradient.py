@@ -25,8 +25,8 @@ from postgrad.objectives.policy_gradient import (
     importance_ratio,
     kl_estimate,
 )
-from postgrad.sampling.generation import Rollouts
-from postgrad.seeding import generator
+from postgrad.sampling.generation import Rollouts, generate
+from postgrad.seeding import derive, generator
 from postgrad.timing import timed
 
 TERM = "reward/"
@@ -85,6 +85,27 @@ class ClippedPolicyGradient(Method):
 
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
+
+    def roll_out(
+        self,
+        prompts: list[Tensor],
+        *stream: str | int,
+        samples: int | None = None,
+        temperature: float | None = None,
+    ) -> Rollouts:
+        """`samples` responses to every prompt, as `rollout` says where the arguments do not.
+
+        `stream` names the draws: responses under another name are independent.
+        """
+        samples = samples or self.config.rollout.samples
+        seeds = [
+            derive(self.place.seed, *stream, prompt, sample)
+            for prompt in range(len(prompts))
+            for sample in range(samples)
+        ]
+        sampling = self.config.rollout.sampling(temperature)
+        with timed("rollout"), torch.no_grad():
+            return generate(self.policy, prompts, sampling, samples=samples, seeds=seeds)
 
     def batch_of(
         self,

@@ -21,8 +21,7 @@ from postgrad.rewards.contrastive import (
     contrastive_rationale_reward,
     unsupervised_rationale_reward,
 )
-from postgrad.sampling.generation import Rollouts, generate
-from postgrad.seeding import derive
+from postgrad.sampling.generation import Rollouts
 from postgrad.timing import timed
 
 
@@ -176,15 +175,10 @@ class Grace(ClippedPolicyGradient):
         self, texts: Sequence[str], step: int, who: str, samples: int, temperature: float
     ) -> Rollouts:
         """Rationales of `texts`, `samples` of each."""
-        seeds = [
-            derive(self.place.seed, "rationale", who, step, text, sample)
-            for text in range(len(texts))
-            for sample in range(samples)
-        ]
         prompts = [self.encoder.render(text) for text in texts]
-        with timed("rollout"), torch.no_grad():
-            sampling = self.config.rollout.sampling(temperature)
-            return generate(self.policy, prompts, sampling, samples=samples, seeds=seeds)
+        return self.roll_out(
+            prompts, "rationale", who, step, samples=samples, temperature=temperature
+        )
 
     def _embed(self, rollouts: Rollouts) -> Tensor:
         skip = self.encoder.prefix_length

@@ -15,7 +15,6 @@ from postgrad.methods.language.base import Given, render_prompts
 from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
 from postgrad.rewards import RewardSpec, load_rewards
 from postgrad.sampling.generation import Rollouts, generate
-from postgrad.seeding import derive
 from postgrad.timing import timed
 
 
@@ -94,15 +93,7 @@ class GRPO(ClippedPolicyGradient):
     def collect(self, step: int) -> Batch:
         index = self.order.indices(step).tolist()
         samples = self.config.rollout.samples
-        seeds = [
-            derive(self.place.seed, "rollout", step, prompt, sample)
-            for prompt in range(len(index))
-            for sample in range(samples)
-        ]
-        prompts = [self.prompts[i] for i in index]
-        with timed("rollout"), torch.no_grad():
-            sampling = self.config.rollout.sampling()
-            rollouts = generate(self.policy, prompts, sampling, samples=samples, seeds=seeds)
+        rollouts = self.roll_out([self.prompts[i] for i in index], "rollout", step)
         rows = [self.data.rows[i] for i in index for _ in range(samples)]
         reward, terms = self._reward(rows, rollouts)
         group = torch.arange(len(index)).repeat_interleave(samples)
