@@ -16,6 +16,7 @@ import torch
 from postgrad.catalogue import method_class
 from postgrad.config import LoopSettings, Settings, flat, read_yaml, resolve
 from postgrad.errors import PostgradError
+from postgrad.memory import keep_freed_memory
 from postgrad.methods.base import Method, Place
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
@@ -49,16 +50,18 @@ def train(
     `model`, `data` and `reward` also take objects: a policy, a list of rows, a function.
     Raises `PostgradError` for anything the caller can mend.
     """
-    kind = method_class(method)
-    base = read_yaml(config) if isinstance(config, (str, Path)) else dict(config or {})
-    _require_method(base.pop("method", method), method)
-    settings = {
-        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
-    }
-    objects = {name: value for name, value in settings.items() if not _plain(value)}
-    named = {name: f"<{type(value).__name__} object>" for name, value in objects.items()}
-    loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named})
-    return _start(method, loop, own, objects, quiet)
+    return _start(method, *_settings(method, config, settings), quiet)
+
+
+def prepare(
+    method: str, *, config: str | Path | Mapping[str, Any] | None = None, **settings: Any
+) -> tuple[Method, LoopSettings]:
+    """The method as `train` would start it, checked, and the loop's settings; nothing is written.
+
+    For loops of one's own: `Optimisers(method.modules(), loop, method.place.device)` makes steps.
+    """
+    loop, own, objects = _settings(method, config, settings)
+    return _built(method, loop, own, objects), loop
 
 
 def resume(
@@ -90,6 +93,36 @@ def resume(
     return _start(method, loop, own, {}, quiet, resumed=True, allow_changes=allow_changes)
 
 
+def _settings(
+    slug: str, config: str | Path | Mapping[str, Any] | None, settings: dict[str, Any]
+) -> tuple[LoopSettings, Settings, dict[str, Any]]:
+    """The loop's and the method's settings, and the objects given in place of names."""
+    kind = method_class(slug)
+    base = read_yaml(config) if isinstance(config, (str, Path)) else dict(config or {})
+    _require_method(base.pop("method", slug), slug)
+    settings = {
+        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
+    }
+    objects = {name: value for name, value in settings.items() if not _plain(value)}
+    named = {name: f"<{type(value).__name__} object>" for name, value in objects.items()}
+    loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named})
+    return loop, own, objects
+
+
+def _built(slug: str, loop: LoopSettings, own: Settings, objects: dict[str, Any]) -> Method:
+    """The method in its place, with the machine set up for it and all random states seeded."""
+    if loop.threads is not None:
+        torch.set_num_threads(loop.threads)
+    device = pick_device(loop.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    seed_everything(loop.seed)
+    method = build(slug, own, Place(loop.seed, device, loop.steps), objects)
+    method.check()
+    seed_everything(loop.seed)
+    return method
+
+
 def _start(
     slug: str,
     loop: LoopSettings,
@@ -108,12 +141,7 @@ def _start(
                 "or choose another folder"
             )
         writable(path)
-    if loop.threads is not None:
-        torch.set_num_threads(loop.threads)
-    seed_everything(loop.seed)
-    method = build(slug, own, Place(loop.seed, pick_device(loop.device), loop.steps), objects)
-    method.check()
-    seed_everything(loop.seed)
+    method = _built(slug, loop, own, objects)
     folder = RunFolder(path, trackers=loop.log, name=slug)
     settings = {"method": slug, **own.model_dump(mode="json"), **loop.model_dump(mode="json")}
     prints = method.fingerprints()
