@@ -7,7 +7,14 @@ from safetensors.torch import load_file
 
 from postgrad.training.record import read_rows
 
-SMALL = {"model": "tiny", "learning_rate": 1e-3, "warmup_steps": 0, "report": False, "log": []}
+SMALL = {
+    "model": "tiny",
+    "precision": "fp32",
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "report": False,
+    "log": [],
+}
 
 
 def write_rows(path, rows):

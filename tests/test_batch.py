@@ -64,3 +64,16 @@ def test_an_epoch_sees_every_item_once_and_batches_have_no_repeats():
     assert not torch.equal(order.indices(0), order.indices(3))
     assert torch.equal(order.indices(5), Epochs(10, 3, seed=1).indices(5))
     assert len(Epochs(2, 8, seed=0).indices(0)) == 2
+
+
+def test_groups_stay_whole_and_pay_for_their_prompt_once():
+    batch = Batch(
+        names=list("abcdef"),
+        cost=torch.tensor([2, 2, 2, 2, 2, 2]),
+        shared_cost=torch.tensor([10, 10, 10, 10, 10, 10]),
+        group=torch.tensor([0, 0, 1, 1, 2, 2]),
+    )
+    assert [part.names for part in batch.split(28)] == [["a", "b", "c", "d"], ["e", "f"]]
+    assert [part.names for part in batch.split(27)] == [["a", "b"], ["c", "d"], ["e", "f"]]
+    # a group that is too large alone is cut, and each piece has the prompt
+    assert [part.names for part in batch.split(13)] == [[name] for name in "abcdef"]

@@ -32,8 +32,10 @@ def inputs(dtype=torch.float64, tokens=37, width=8, vocabulary=23):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Sixteen tokens at a time, so that 37 tokens need three uneven chunks."""
+    """Nine words at a time, so that a vocabulary of 23 needs three uneven parts; none are kept."""
     monkeypatch.setattr(projection, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(projection, "_LEAST_WIDTH", 9)
+    monkeypatch.setattr(projection, "_KEPT_BYTES", 0)
 
 
 def test_uniform_distribution_by_hand():
@@ -86,20 +88,40 @@ def test_gradient_without_entropy_and_with_a_frozen_weight():
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_only_chunks_of_the_logits_are_ever_held(monkeypatch):
-    monkeypatch.setattr(projection, "_CHUNK_ELEMENTS", 16 * 23)
-    sizes = []
-    whole = projection.project_logits
+@pytest.mark.parametrize("kept_bytes", [0, 37 * 23 * 8])
+def test_only_parts_of_the_logits_are_ever_held(monkeypatch, kept_bytes):
+    monkeypatch.setattr(projection, "_CHUNK_ELEMENTS", 37 * 9)
+    monkeypatch.setattr(projection, "_LEAST_WIDTH", 1)
+    monkeypatch.setattr(projection, "_KEPT_BYTES", kept_bytes)
+    shapes = []
+    whole = projection._logits
 
-    def watched(hidden, *rest):
-        sizes.append(len(hidden))
-        return whole(hidden, *rest)
+    def watched(product, *rest):
+        shapes.append(tuple(product.shape))
+        return whole(product, *rest)
 
-    monkeypatch.setattr(projection, "project_logits", watched)
+    monkeypatch.setattr(projection, "_logits", watched)
     hidden, weight, _, targets = inputs()
     logprobs, _ = project_logprobs(hidden, weight, targets)
+    assert len(logprobs.grad_fn.saved_tensors) == (9 if kept_bytes else 6)
     logprobs.sum().backward()
-    assert sizes == [16, 16, 5] * 2
+    assert shapes == [(37, 9), (37, 9), (37, 5)] * 2
+
+
+def test_kept_products_change_nothing(monkeypatch):
+    results = []
+    for kept_bytes in (0, 2**20):
+        monkeypatch.setattr(projection, "_KEPT_BYTES", kept_bytes)
+        hidden, weight, bias, targets = inputs()
+        logprobs, entropies = project_logprobs(hidden, weight, targets, bias=bias, entropy=True)
+        loss = (logprobs + entropies).square().sum()
+        loss.backward(retain_graph=True)
+        once = hidden.grad.clone()
+        loss.backward()  # a second pass finds what was kept untouched
+        torch.testing.assert_close(hidden.grad, 2 * once, rtol=1e-12, atol=1e-12)
+        results.append((loss.detach(), once, weight.grad, bias.grad))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_autocast_computes_in_bfloat16_and_sums_in_float32():

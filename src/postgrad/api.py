@@ -21,6 +21,7 @@ from postgrad.methods.base import Method, Place
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import Finished, Loop, pick_device, writable
+from postgrad.training.optimise import native_precision
 from postgrad.training.record import RUN, RunFolder, is_run, read_config
 
 
@@ -80,8 +81,8 @@ def resume(
     saved = read_config(folder)
     method = str(saved.pop("method"))
     kind = method_class(method)
-    old = resolve(kind.Config, kind.recipe, saved)
-    loop, own = resolve(kind.Config, kind.recipe, saved, settings)
+    old = _resolved(kind, saved)
+    loop, own = _resolved(kind, saved, settings)
     changed = _differences({**flat(old[0]), **flat(old[1])}, {**flat(loop), **flat(own)})
     changed = [line for line in changed if not line.startswith("output:")]
     if changed and not allow_changes:
@@ -105,8 +106,17 @@ def _settings(
     }
     objects = {name: value for name, value in settings.items() if not _plain(value)}
     named = {name: f"<{type(value).__name__} object>" for name, value in objects.items()}
-    loop, own = resolve(kind.Config, kind.recipe, base, {**settings, **named})
+    loop, own = _resolved(kind, base, {**settings, **named})
     return loop, own, objects
+
+
+def _resolved(kind: type[Method], *layers: Mapping[str, Any]) -> tuple[LoopSettings, Settings]:
+    """The settings, with the precision that `auto` means on this machine."""
+    loop, own = resolve(kind.Config, kind.recipe, *layers)
+    if loop.precision == "auto":
+        native = native_precision(pick_device(loop.device))
+        loop = loop.model_copy(update={"precision": native})
+    return loop, own
 
 
 def _built(slug: str, loop: LoopSettings, own: Settings, objects: dict[str, Any]) -> Method:

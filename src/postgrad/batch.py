@@ -10,10 +10,11 @@ from torch import Tensor
 class Batch:
     """Fields about N items, each a tensor `[N, ...]` or a list of N values.
 
-    Reading is by attribute (`batch.rewards`). Two fields have a meaning to the loop:
+    Reading is by attribute (`batch.rewards`). Some fields have a meaning to the loop:
 
     - `mask` `[N, T]`: which response tokens count. Its sum is `batch.tokens`.
     - `cost` `[N]`: how many tokens an item occupies in a forward pass, for micro-batches.
+    - `shared_cost` `[N]`, with `group` `[N]`: tokens that neighbours of one group occupy only once.
 
     `items` and `tokens` are those of the whole batch that one optimiser step sees. A part made by
     `split` keeps the whole's numbers, so a loss written as `sum(...) / batch.items` (or `.tokens`)
@@ -64,19 +65,37 @@ class Batch:
         return Batch(**self._take(index))
 
     def split(self, budget: int | None) -> Iterator["Batch"]:
-        """Consecutive parts whose `cost` adds up to at most `budget` (at least one item each)."""
+        """Consecutive parts whose cost adds up to at most `budget` (at least one item each).
+
+        Groups with a `shared_cost` stay whole unless a group alone exceeds the budget.
+        """
         whole = (self.items, self.tokens)
         if budget is None or "cost" not in self._fields:
             yield Batch(whole=whole, **self._fields)
             return
-        costs = torch.as_tensor(self._fields["cost"]).tolist()
         start, used = 0, 0
-        for position, cost in enumerate(costs):
-            if position > start and used + cost > budget:
-                yield Batch(whole=whole, **self._take(torch.arange(start, position)))
-                start, used = position, 0
+        for first, cost in self._units(budget):
+            if first > start and used + cost > budget:
+                yield Batch(whole=whole, **self._take(torch.arange(start, first)))
+                start, used = first, 0
             used += cost
-        yield Batch(whole=whole, **self._take(torch.arange(start, len(costs))))
+        yield Batch(whole=whole, **self._take(torch.arange(start, len(self))))
+
+    def _units(self, budget: int) -> Iterator[tuple[int, int]]:
+        """What is better not cut apart: its first item and its cost."""
+        costs = torch.as_tensor(self._fields["cost"]).tolist()
+        if "shared_cost" not in self._fields:
+            yield from enumerate(costs)
+            return
+        shared = torch.as_tensor(self._fields["shared_cost"]).tolist()
+        groups = torch.as_tensor(self._fields["group"]).tolist()
+        first, used = 0, shared[0]
+        for i, cost in enumerate(costs):
+            if i > first and (groups[i] != groups[first] or used + cost > budget):
+                yield first, used
+                first, used = i, shared[i]
+            used += cost
+        yield first, used
 
     def _take(self, index: Tensor) -> dict[str, Any]:
         positions = index.tolist()

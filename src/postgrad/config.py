@@ -75,9 +75,11 @@ class LoopSettings(Settings):
     adam_epsilon: float = setting(1e-8, "AdamW's denominator floor", gt=0)
     clip_norm: float = setting(1.0, "largest global gradient norm; 0 switches clipping off", ge=0)
     token_budget: int | None = setting(
-        16384, "tokens in one micro-batch; gradients accumulate over micro-batches", gt=0
+        2048, "tokens in one micro-batch, a group's prompt counted once; gradients accumulate", gt=0
     )
-    precision: Literal["fp32", "bf16"] = setting("fp32", "bf16 computes under autocast")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "fp32", "bf16 computes under autocast; auto: bf16 where the hardware multiplies it natively"
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …")
     threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0)
     evaluate_every: int = setting(0, "steps between evaluations; 0: before and after only", ge=0)

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from postgrad.models.attention import AttentionForm, masked_attention
+from postgrad.models.prefix_attention import Continued, prefix_attention
 
-_MASK_ELEMENTS = 2**24  # a block's mask holds at most this many
+_MASK_ELEMENTS = 2**22  # a block's mask holds at most this many
 
 
 class Block:
@@ -56,7 +58,8 @@ class _Completions:
     """A block of completions and the prompt (of one prompt block) that each continues."""
 
     block: Block
-    owners: Tensor  # [n] position in the block of prompts
+    owners: Tensor  # [n] position in the block of prompts, rising
+    continued: tuple[Continued, ...]
     prompt_lengths: Tensor  # [n], or [1] where all are the same
     masks: dict[int | None, Tensor]  # by window
 
@@ -108,7 +111,8 @@ class SharedPrefixes:
             place = {prompt: position for position, prompt in enumerate(members)}
             theirs = [i for i, owner in enumerate(owners) if owner in place and lengths[i] > 0]
             parts = []
-            for bucket in _buckets(theirs, lengths, prefix=block.longest):
+            for members_by_length in _buckets(theirs, lengths, prefix=block.longest):
+                bucket = sorted(members_by_length, key=lambda i: place[owners[i]])
                 part = Block(end, [lengths[i] for i in bucket], device)
                 sizes = [len(prompts[owners[i]]) for i in bucket]
                 for i, size in zip(bucket, sizes, strict=True):
@@ -117,10 +121,12 @@ class SharedPrefixes:
                     pieces.append(completions[i])
                     positions.append(torch.arange(size, size + lengths[i], device=device))
                 same = len(set(sizes)) == 1
+                places = [place[owners[i]] for i in bucket]
                 parts.append(
                     _Completions(
                         part,
-                        torch.tensor([place[owners[i]] for i in bucket], device=device),
+                        torch.tensor(places, device=device),
+                        _continued(places, block),
                         torch.tensor(sizes[:1] if same else sizes, device=device),
                         {},
                     )
@@ -132,6 +138,9 @@ class SharedPrefixes:
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
+        own_kernel = query.device.type == "cpu" and form.softcap is None and form.window is None
+        if own_kernel:
+            return self._attend_on_cpu(query, key, value, form)
         prompt_outputs, completion_outputs = [], []
         for block, parts in zip(self.prompt_blocks, self._completions, strict=True):
             keys, values = block.pad(key), block.pad(value)
@@ -150,6 +159,32 @@ class SharedPrefixes:
                 completion_outputs.append(part.block.unpad(output))
         return torch.cat(prompt_outputs + completion_outputs)
 
+    def _attend_on_cpu(
+        self, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        scale = query.shape[-1] ** -0.5 if form.scale is None else form.scale
+        prompt_outputs, completion_outputs = [], []
+        for block, parts in zip(self.prompt_blocks, self._completions, strict=True):
+            keys, values = block.pad(key), block.pad(value)
+            none = keys[:, :, :0]
+            own = prefix_attention(block.pad(query), keys, values, none, none, (), scale)
+            prompt_outputs.append(block.unpad(own))
+            for part in parts:
+                output = prefix_attention(
+                    part.block.pad(query),
+                    part.block.pad(key),
+                    part.block.pad(value),
+                    keys,
+                    values,
+                    part.continued,
+                    scale,
+                )
+                completion_outputs.append(part.block.unpad(output))
+        return torch.cat(prompt_outputs + completion_outputs)
+
 
 def _buckets(members: Sequence[int], lengths: Sequence[int], prefix: int = 0) -> list[list[int]]:
     """Members sorted by falling length, cut where lengths differ much or masks would grow large."""
@@ -162,6 +197,16 @@ def _buckets(members: Sequence[int], lengths: Sequence[int], prefix: int = 0) ->
             longest = lengths[i]
         buckets[-1].append(i)
     return buckets
+
+
+def _continued(places: Sequence[int], prompts: Block) -> tuple[Continued, ...]:
+    """Runs of equal places among those (rising) of a block's completions."""
+    runs, start = [], 0
+    for place, run in groupby(places):
+        stop = start + len(list(run))
+        runs.append(Continued(start, stop, place, prompts.lengths[place]))
+        start = stop
+    return tuple(runs)
 
 
 def _of_owners(padded: Tensor, owners: Tensor) -> Tensor:

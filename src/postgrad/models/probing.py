@@ -12,6 +12,7 @@ from postgrad.models.attention import (
     UnsupportedAttention,
     register,
 )
+from postgrad.models.lean import make_lean
 from postgrad.models.network import base_of, output_layer, packed_hidden, pad_right
 from postgrad.models.packing import SharedPrefixes
 from postgrad.objectives.projection import project_logits
@@ -42,6 +43,7 @@ def enable_sharing(network: nn.Module) -> str | None:
             base.set_attn_implementation("eager")
             expected = _plain_logits(base, sequences)
             base.set_attn_implementation(IMPLEMENTATION)
+            make_lean(base)
             witness = _Witness(sequences)
             actual = _shared_logits(base, witness)
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, KeyError) as problem:

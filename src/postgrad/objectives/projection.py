@@ -5,10 +5,14 @@ c(x) = cap · tanh(x / cap) if the architecture caps its logits and c(x) = x oth
 
     log p_y = z_y - logsumexp(z)        and        H = logsumexp(z) - Σ_v p_v z_v.
 
-Both are computed for a chunk of tokens at a time; the backward pass computes the chunk's logits
-again and applies
+Both are computed for a part of the vocabulary at a time, for all tokens, with running sums; so a
+part of the weight's gradient is written once, however many tokens there are. The backward pass
+applies
 
-    ∂ log p_y / ∂ z_v = 1[v = y] - p_v        ∂ H / ∂ z_v = -p_v (log p_v + H).
+    ∂ log p_y / ∂ z_v = 1[v = y] - p_v        ∂ H / ∂ z_v = -p_v (log p_v + H)
+
+and computes the logits again for it, a quarter of all products here, unless they take so little
+memory that they are kept.
 """
 
 from dataclasses import dataclass
@@ -16,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+_CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in float32, which a processor's cache holds
+_LEAST_WIDTH = 1024  # narrower parts of the vocabulary make slow products
+_KEPT_BYTES = 2**28  # products W h of up to this size are kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,54 @@ def project_logits(
 ) -> Tensor:
     """Logits `[M, V]` in at least float32, of hidden states `[M, d]` of the weight's precision.
 
-    Not differentiable: it works in place. For the few rows of a decoding step or a chunk.
+    Not differentiable: it works in place. For the few rows of a decoding step.
     """
-    product = hidden @ weight.t()
+    return _logits(hidden @ weight.t(), bias, transform, temperature)
+
+
+def _logits(
+    product: Tensor, bias: Tensor | None, transform: LogitTransform, temperature: float
+) -> Tensor:
+    """Logits in at least float32 from W h, whose memory they may take."""
     logits = product.to(_sum_dtype(product.dtype))
     if bias is not None:
         logits += bias
     return transform(logits, temperature)
+
+
+def _vocabulary_parts(tokens: int, vocabulary: int) -> list[slice]:
+    width = max(_LEAST_WIDTH, _CHUNK_ELEMENTS // max(1, tokens))
+    return [slice(start, start + width) for start in range(0, vocabulary, width)]
+
+
+class _RunningSoftmax:
+    """logsumexp(z) and Σ p z of each token, while the vocabulary goes by in parts."""
+
+    def __init__(self, tokens: int, like: Tensor, weighted: bool):
+        self._largest = like.new_full((tokens, 1), -torch.inf)
+        self._total = like.new_zeros(tokens, 1)
+        self._weighted = like.new_zeros(tokens, 1) if weighted else None
+
+    def add(self, logits: Tensor) -> None:
+        """Count in `[M, part]`; the logits are lost."""
+        largest = torch.maximum(self._largest, logits.amax(-1, keepdim=True))
+        shrink = (self._largest - largest).exp_()
+        self._largest = largest
+        if self._weighted is None:
+            self._total = self._total * shrink + logits.sub_(largest).exp_().sum(-1, keepdim=True)
+            return
+        masses = (logits - largest).exp_()
+        self._total = self._total * shrink + masses.sum(-1, keepdim=True)
+        self._weighted = self._weighted * shrink + masses.mul_(logits).sum(-1, keepdim=True)
+
+    def normaliser(self) -> Tensor:
+        """logsumexp(z) `[M]`."""
+        return (self._total.log() + self._largest).squeeze(-1)
+
+    def mean_logit(self) -> Tensor:
+        """Σ p z `[M]`."""
+        assert self._weighted is not None
+        return (self._weighted / self._total).squeeze(-1)
 
 
 class _Projection(torch.autograd.Function):
@@ -124,80 +172,92 @@ class _Projection(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = _compute_dtype(hidden)
-        chunk = max(16, _CHUNK_ELEMENTS // weight.shape[0])
-        cast_weight = weight.to(dtype)
-        logprobs = torch.empty(len(hidden), dtype=_sum_dtype(dtype), device=hidden.device)
-        normalisers = torch.empty_like(logprobs)
-        entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+        parts = _vocabulary_parts(len(hidden), len(weight))
+        size = len(hidden) * len(weight) * dtype.itemsize
+        keep = any(ctx.needs_input_grad[:3]) and size <= _KEPT_BYTES
+        kept = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
-                logits = project_logits(
-                    hidden[part].to(dtype), cast_weight, bias, transform, temperature
-                )
-                normaliser = logits.logsumexp(-1)
-                chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
-                normalisers[part] = normaliser
-                logprobs[part] = chosen - normaliser
-                if entropy:
-                    probabilities = (logits - normaliser[:, None]).exp_()
-                    entropies[part] = normaliser - probabilities.mul_(logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
-        ctx.settings = (dtype, chunk, temperature, transform, entropy)
+            states, cast_weight = hidden.to(dtype), weight.to(dtype)
+            chosen = torch.empty(len(hidden), dtype=_sum_dtype(dtype), device=hidden.device)
+            softmax = _RunningSoftmax(len(hidden), chosen, weighted=entropy)
+            for part in parts:
+                product = states @ cast_weight[part].t()
+                if keep:
+                    kept.append(product)
+                    product = product.to(chosen.dtype, copy=True)
+                logits = _logits(product, _of(bias, part), transform, temperature)
+                rows, places = _targets_in(part, targets)
+                chosen[rows] = logits[rows, places]
+                softmax.add(logits)
+        normalisers = softmax.normaliser()
+        logprobs = chosen - normalisers
+        entropies = normalisers - softmax.mean_logit() if entropy else logprobs.new_empty(0)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, *kept)
+        ctx.settings = (dtype, parts, temperature, transform, entropy)
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropies = gradients
-        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
-        dtype, chunk, temperature, transform, entropy = ctx.settings
+        hidden, weight, bias, targets, normalisers, entropies, *kept = ctx.saved_tensors
+        dtype, parts, temperature, transform, entropy = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        cast_weight = weight.to(dtype)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        sum_dtype = normalisers.dtype
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if wants_bias else None
+        grad_hidden = torch.zeros_like(hidden, dtype=normalisers.dtype) if wants_hidden else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_bias = torch.empty_like(bias) if wants_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
-                states = hidden[part].to(dtype)
-                logits = project_logits(states, cast_weight, bias, transform, temperature)
-                slope = _slope_of_cap(logits, transform, temperature)
-                # `gradient` becomes ∂/∂z, then ∂/∂(W h + b), reusing the logits' memory
+            states, cast_weight = hidden.to(dtype), weight.to(dtype)
+            for number, part in enumerate(parts):
+                if kept:
+                    product = kept[number].to(normalisers.dtype, copy=True)
+                else:
+                    product = states @ cast_weight[part].t()
+                logits = _logits(product, _of(bias, part), transform, temperature)
+                capped = _slope_of_cap(logits, transform, temperature)
+                # `gradient` becomes ∂/∂z, then ∂/∂(W h + b), in the logits' memory
                 if entropy:
-                    log_probabilities = logits.sub_(normalisers[part, None])
-                    surprise = log_probabilities + entropies[part, None]
+                    log_probabilities = logits.sub_(normalisers[:, None])
+                    surprise = log_probabilities + entropies[:, None]
                     probabilities = log_probabilities.exp_()
-                    weights = surprise.mul_(grad_entropies[part, None])
-                    weights += grad_logprobs[part, None]
+                    weights = surprise.mul_(grad_entropies[:, None])
+                    weights += grad_logprobs[:, None]
                     gradient = probabilities.mul_(weights).neg_()
                 else:
-                    probabilities = logits.sub_(normalisers[part, None]).exp_()
-                    gradient = probabilities.mul_(-grad_logprobs[part, None])
-                gradient.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
-                if slope is not None:
-                    gradient.mul_(slope)
+                    probabilities = logits.sub_(normalisers[:, None]).exp_()
+                    gradient = probabilities.mul_(-grad_logprobs[:, None])
+                rows, places = _targets_in(part, targets)
+                gradient[rows, places] += grad_logprobs[rows]
+                if capped is not None:
+                    gradient.mul_(capped)
                 if transform.scale != temperature:
                     gradient.mul_(transform.scale / temperature)
                 if grad_bias is not None:
-                    grad_bias += gradient.sum(0)
+                    grad_bias[part] = gradient.sum(0)
                 gradient = gradient.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = gradient @ cast_weight
+                    grad_hidden += gradient @ cast_weight[part]
                 if grad_weight is not None:
-                    if dtype == sum_dtype:
-                        grad_weight.addmm_(gradient.t(), states)
-                    else:
-                        grad_weight += gradient.t() @ states
+                    grad_weight[part] = gradient.t() @ states
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            grad_weight,
+            grad_bias,
             None,
             None,
             None,
             None,
         )
+
+
+def _of(bias: Tensor | None, part: slice) -> Tensor | None:
+    return None if bias is None else bias[part]
+
+
+def _targets_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens whose target lies in this part of the vocabulary, and its place there."""
+    rows = ((targets >= part.start) & (targets < part.stop)).nonzero().squeeze(1)
+    return rows, targets[rows] - part.start
 
 
 def _slope_of_cap(logits: Tensor, transform: LogitTransform, temperature: float) -> Tensor | None:

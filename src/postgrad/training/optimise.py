@@ -20,6 +20,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return nullcontext()
 
 
+def native_precision(device: torch.device) -> str:
+    """bf16 where the device has instructions for its products, fp32 elsewhere."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return "bf16" if native else "fp32"
+
+
 def evaluated(method: Method, precision: str) -> Metrics:
     """The method's metrics on held-out data, without gradients."""
     with torch.no_grad(), autocast(precision, method.place.device):
@@ -56,6 +67,7 @@ class Optimisers:
                 betas=settings.adam_betas,
                 eps=settings.adam_epsilon,
                 weight_decay=settings.weight_decay,
+                fused=device.type in ("cpu", "cuda"),
             )
             for name, parameters in self._parameters.items()
             if parameters

@@ -49,7 +49,13 @@ class RobustDPO(PairwisePreference):
     """
 
     Config = RobustDPOSettings
-    recipe = {"learning_rate": 1e-6, "clip_norm": 10.0, "warmup_steps": 10, "steps": 100}
+    recipe = {
+        "precision": "auto",
+        "learning_rate": 1e-6,
+        "clip_norm": 10.0,
+        "warmup_steps": 10,
+        "steps": 100,
+    }
     config: RobustDPOSettings
 
     def pair_loss(self, delta: Tensor) -> Tensor:

@@ -34,7 +34,13 @@ class SFT(Method):
     """
 
     Config = SFTSettings
-    recipe = {"learning_rate": 2e-5, "steps": 100, "schedule": "cosine", "warmup_steps": 5}
+    recipe = {
+        "precision": "auto",
+        "learning_rate": 2e-5,
+        "steps": 100,
+        "schedule": "cosine",
+        "warmup_steps": 5,
+    }
     config: SFTSettings
 
     def __init__(self, config: SFTSettings, place: Place, **given: Unpack[Given]):

@@ -57,7 +57,7 @@ class GRPO(ClippedPolicyGradient):
     """
 
     Config = GRPOSettings
-    recipe = {"learning_rate": 1e-6, "steps": 100}
+    recipe = {"precision": "auto", "learning_rate": 1e-6, "steps": 100}
     parts = FourParts(
         mask="PPO clip: no gradient where the ratio leaves [1 - low, 1 + high] on the winning side",
         denominator="the policy that sampled",
