@@ -83,7 +83,7 @@ def resume(
     old = resolve(kind.Config, kind.recipe, saved)
     loop, own = resolve(kind.Config, kind.recipe, saved, settings)
     changed = _differences({**flat(old[0]), **flat(old[1])}, {**flat(loop), **flat(own)})
-    changed = [line for line in changed if not line.startswith("output:")]
+    changed = [line for line in changed if not line.startswith(("output:", "profile:"))]
     if changed and not allow_changes:
         raise PostgradError(
             f"the configuration differs from that of {folder}: {'; '.join(changed)} "
