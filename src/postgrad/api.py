@@ -84,7 +84,7 @@ def resume(
     old = _resolved(kind, saved)
     loop, own = _resolved(kind, saved, settings)
     changed = _differences({**flat(old[0]), **flat(old[1])}, {**flat(loop), **flat(own)})
-    changed = [line for line in changed if not line.startswith("output:")]
+    changed = [line for line in changed if not line.startswith(("output:", "profile:"))]
     if changed and not allow_changes:
         raise PostgradError(
             f"the configuration differs from that of {folder}: {'; '.join(changed)} "

@@ -93,6 +93,7 @@ class LoopSettings(Settings):
         ["tensorboard"], "where metrics go besides metrics.jsonl"
     )
     report: bool = setting(True, "write report.html at the end")
+    profile: bool = setting(False, "measure where a step's time and memory go; writes profile/")
 
 
 class _Yaml(yaml.SafeLoader):

@@ -16,13 +16,23 @@ from postgrad.reports.curves import Point, finite, is_noisy, points_by_name, smo
 from postgrad.reports.figures import Series, line_chart, number, sparkline, stacked_chart
 from postgrad.reports.page import duration, paper_facts, render_page, write_page
 from postgrad.reports.samples import browser
-from postgrad.training.record import CONFIG, METRICS, RUN, SAMPLES, is_run, read_rows
+from postgrad.training.record import (
+    CONFIG,
+    METRICS,
+    PROFILE,
+    RUN,
+    SAMPLES,
+    TRACE,
+    is_run,
+    read_rows,
+)
 
 REPORT = "report.html"
 # from this many points on a curve is drawn smoothed, with the values themselves pale behind it
 _SMOOTHED = 24
 _LEADING = ("reward", "loss")
 _OTHER = 7  # grey
+_OPERATORS = 15  # rows of the operators' table; the profile has more
 
 
 def write_run_report(folder: str | Path) -> Path:
@@ -51,6 +61,7 @@ def write_run_report(folder: str | Path) -> Path:
         groups=_groups(curves),
         watched=[_curve(name, points) for name, points in evaluations.items() if len(points) > 2],
         time=_time(curves),
+        profile=_profile(folder / PROFILE),
         samples=browser(read_rows(folder / SAMPLES)),
         settings=_settings(config),
         config_text=(folder / CONFIG).read_text(encoding="utf-8"),
@@ -190,7 +201,7 @@ def _time(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any] | None:
     named = {x: sum(seconds.get(x, 0.0) for seconds in stretches.values()) for x in whole}
     rest = {x: max(0.0, total - named[x]) for x, total in whole.items()}
     layers = {**stretches, "other": rest}
-    colours = {name: _OTHER if name == "other" else i for i, name in enumerate(layers)}
+    colours = {name: _OTHER if name == "other" else i % _OTHER for i, name in enumerate(layers)}
     total = sum(whole.values())
     parts = []
     for name, seconds in layers.items():
@@ -215,6 +226,75 @@ def _time(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any] | None:
         if name.startswith("throughput/")
     ]
     return {"total": total, "parts": parts, "figures": figures}
+
+
+def _profile(path: Path) -> dict[str, Any] | None:
+    """What `profile=true` measured of the steps, their memory and operators, as texts."""
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    step = found["step"]
+    rows = [_cost(name, part) for name, part in found["stretches"].items()]
+    prices = step["microseconds_per_token"]
+    whole = {
+        "seconds": step["seconds"],
+        "share": 1.0,
+        "microseconds_per_token": prices["trained"],
+    }
+    measured, traced = (_range(found["steps"][kind]) for kind in ("measured", "traced"))
+    facts = [
+        ("Device", found["device"]),
+        ("CPU threads", str(found["threads"])),
+        ("Steps measured", measured),
+        ("Steps traced", traced),
+    ]
+    for kind, price in prices.items():
+        if price is not None:
+            facts.append((f"Tokens {kind} per step", f"{step['tokens'][kind]:,}"))
+            facts.append((f"Per {kind} token", f"{number(price, 3)} µs"))
+    facts += [
+        (f"Peak memory ({where})", f"{number(size / 2**30, 3)} GiB")
+        for where, size in found["peak_memory"].items()
+    ]
+    return {
+        "facts": facts,
+        "stretches": rows,
+        "step": _cost("step", whole),
+        "between": [
+            {"name": name, "times": part["times"], "seconds": _seconds(part["seconds"])}
+            for name, part in found["between_steps"].items()
+        ],
+        "operators": [
+            {
+                "name": row["name"],
+                "seconds": _seconds(row["seconds"]),
+                "share": f"{100 * row['share']:.1f} %",
+                "calls": f"{row['calls']:,}",
+            }
+            for row in found["operators"][:_OPERATORS]
+        ],
+        "trace": TRACE,
+    }
+
+
+def _cost(name: str, part: Mapping[str, Any]) -> dict[str, str]:
+    price = part["microseconds_per_token"]
+    return {
+        "name": name,
+        "seconds": _seconds(part["seconds"]),
+        "share": f"{100 * part['share']:.1f} %",
+        "price": "–" if price is None else number(price, 3),
+    }
+
+
+def _seconds(value: float) -> str:
+    return number(value, 3) if value >= 1e-3 or value == 0 else "< 0.001"
+
+
+def _range(steps: Sequence[int]) -> str:
+    if len(steps) < 2:
+        return ", ".join(map(str, steps)) or "–"
+    return f"{steps[0]:,} to {steps[-1]:,}"
 
 
 def _settings(config: Mapping[str, Any]) -> list[dict[str, Any]]:

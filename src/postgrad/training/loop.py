@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from postgrad.training.checkpoint import (
 )
 from postgrad.training.console import Watcher
 from postgrad.training.optimise import Optimisers, autocast, evaluated
+from postgrad.training.profile import Profiler
 from postgrad.training.record import RunFolder
 
 
@@ -53,6 +54,7 @@ class Loop:
         self.step = 0
         self.rows: dict[str, int] = {}
         self.optimise = Optimisers(method.modules(), settings, method.place.device)
+        self._profiler = Profiler(folder.path, method.place.device) if settings.profile else None
         self._stop = EarlyStop(settings)
         self._evaluation: Metrics = {}
         self._evaluated: int | None = None  # the step of the last evaluation
@@ -77,41 +79,54 @@ class Loop:
     def run(self, config: dict[str, Any]) -> Finished:
         """Train from the present step to the end; `config` is what trackers show of the run."""
         self.folder.open(config, self.step, self.rows)
-        with self._signals():
-            if self._evaluated is None:
-                self._evaluate()
-            while self.step < self.settings.steps and not self._stop_asked:
-                self._one_step()
-                if self._due(self.settings.evaluate_every) and self._stop.reached(self._evaluate()):
-                    self.watcher.say(
-                        f"stopping early after step {self.step}: {self.settings.stop_metric} has "
-                        f"not improved for {self.settings.stop_patience} evaluations"
-                    )
-                    break
-                if self._due(self.settings.save_every):
-                    self.save()
-            if not self._stop_asked and self._evaluated != self.step:
-                self._evaluate()
-            self.save()
+        with self._signals(), self._profiler or nullcontext():
+            self._train()
+        if self._profiler:
+            for line in self._profiler.lines():
+                self.watcher.say(line)
         return Finished(self.step, self._evaluation, self._stop_asked)
 
+    def _train(self) -> None:
+        if self._evaluated is None:
+            self._evaluate()
+        while self.step < self.settings.steps and not self._stop_asked:
+            self._one_step()
+            if self._due(self.settings.evaluate_every) and self._stop.reached(self._evaluate()):
+                self.watcher.say(
+                    f"stopping early after step {self.step}: {self.settings.stop_metric} has "
+                    f"not improved for {self.settings.stop_patience} evaluations"
+                )
+                break
+            if self._due(self.settings.save_every):
+                self.save()
+        if not self._stop_asked and self._evaluated != self.step:
+            self._evaluate()
+        self.save()
+
     def _one_step(self) -> None:
+        if self._profiler:
+            self._profiler.begin_step(last=self.step + 1 == self.settings.steps)
         started = time.perf_counter()
         timing.take()
         self.optimise.set_step(self.step)
+        trained = self.optimise.tokens
         with self._keeping_what_was_learnt():
-            with autocast(self.settings.precision, self.method.place.device):
+            with timed("data"), autocast(self.settings.precision, self.method.place.device):
                 batch = self.method.collect(self.step)
             metrics = self.method.describe_batch(batch)
             self._require_finite(metrics, batch)
         try:
-            metrics |= self.method.update(batch, self.optimise)
+            with timed("update"):
+                metrics |= self.method.update(batch, self.optimise)
             self._require_finite(metrics, batch)
         except NonFinite as error:
             error.samples = error.samples or self.method.samples(batch)
             raise self._failed(error) from error
         self.step += 1
         seconds = {**timing.take(), "step": time.perf_counter() - started}
+        if self._profiler:
+            trained = self.optimise.tokens - trained
+            self._profiler.end_step(self.step, seconds, batch.tokens, trained)
         rates = {f"time/{name}": value for name, value in seconds.items()}
         if batch.tokens:
             rates["throughput/tokens_per_second"] = batch.tokens / seconds["step"]
@@ -121,6 +136,16 @@ class Loop:
             rows = self.method.samples(batch)
             self.folder.samples(self.step, rows)
             self.watcher.samples(self.step, rows)
+
+    @contextmanager
+    def _between_steps(self, name: str) -> Iterator[None]:
+        """A stretch that is no part of a step; it has the time of the stretches within it too."""
+        timing.take()
+        with timed(name):
+            yield
+        seconds = sum(timing.take().values())
+        if self._profiler:
+            self._profiler.between_steps(name, seconds)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -132,7 +157,7 @@ class Loop:
 
     def _evaluate(self) -> Metrics:
         states = random_states()
-        with self._keeping_what_was_learnt(), timed("evaluate"):
+        with self._keeping_what_was_learnt(), self._between_steps("evaluate"):
             metrics = evaluated(self.method, self.settings.precision)
         restore_random_states(states)
         if metrics:
@@ -146,7 +171,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""
-        with timed("checkpoint"):
+        with self._between_steps("checkpoint"):
             save_checkpoint(
                 self.folder.path / "checkpoints",
                 self.step,

@@ -76,6 +76,7 @@ class Optimisers:
             raise PostgradError("nothing to train: no module has trainable parameters")
         self._first = next(iter(self._optimisers))
         self._rate = settings.learning_rate
+        self.tokens = 0  # response tokens that optimiser steps have learnt from, repeats included
 
     def set_step(self, step: int) -> None:
         """Set the learning rate of collected batch `step`."""
@@ -90,19 +91,22 @@ class Optimisers:
         optimiser.zero_grad(set_to_none=True)
         total = 0.0
         metrics: Metrics = {}
-        with timed("update"):
-            for part in batch.split(self._settings.token_budget):
+        for part in batch.split(self._settings.token_budget):
+            with timed("loss"):
                 with autocast(self._settings.precision, self._device):
                     value, part_metrics = loss(part)
                 if not torch.isfinite(value):
                     raise NonFinite(f"the loss is {value.item()}", part.fields())
+            with timed("backward"):
                 value.backward()
-                total += value.item()
-                share = len(part) / len(batch)
-                for key, number in part_metrics.items():
-                    metrics[key] = metrics.get(key, 0.0) + share * float(number)
+            total += value.item()
+            share = len(part) / len(batch)
+            for key, number in part_metrics.items():
+                metrics[key] = metrics.get(key, 0.0) + share * float(number)
+        with timed("optimiser"):
             norm = self._clip(name, batch)
             optimiser.step()
+        self.tokens += batch.tokens
         return {"loss": total, **metrics, "gradient_norm": norm, "learning_rate": self._rate}
 
     def _clip(self, name: str, batch: Batch) -> float:

@@ -12,6 +12,8 @@ from postgrad.config import read_yaml
 from postgrad.errors import MissingExtra, PostgradError
 
 CONFIG, METRICS, SAMPLES, RUN = "config.yaml", "metrics.jsonl", "samples.jsonl", "run.json"
+PROFILE, TRACE = "profile/profile.json", "profile/trace.json.gz"
+OPERATORS = "profile/operators.txt"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
