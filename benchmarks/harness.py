@@ -27,6 +27,8 @@ VLLM = os.environ.get("BENCH_VLLM", str(ROOT / ".bench/vllm/bin/python"))
 WARM_UPS = 2  # turns that are not counted: allocators and the optimiser settle in the first two
 LONGEST_WAIT = 1800  # seconds for loading, or for one turn
 
+_TOO_FEW = "it did not take all of its turns"
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -136,7 +138,7 @@ class _Runner:
         self._order("go")
         message = self._answer()
         if self.outcome.failure is None and "seconds" not in message:
-            self.outcome.failure = "it ended before its last turn"
+            self.outcome.failure = _TOO_FEW
         if self.outcome.failure is not None:
             return
         if counted:
@@ -192,6 +194,8 @@ class _Runner:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        if code == 0:
+            how = _TOO_FEW
         return "\n".join([how, *lines[-6:]])
 
 
