@@ -1,6 +1,8 @@
 # Two commands: `make train` (the main job) and `make test`. Both create .venv if it is missing.
+# `make bench` also creates .bench, with the libraries that we are measured against.
 PYTHON ?= python3.11
 PIP := .venv/bin/python -m pip --disable-pip-version-check
+INSTALL := bin/python -m pip --disable-pip-version-check install --quiet
 EXTRAS := lora,data,tasks,control,mujoco,diffusion,representation,tensorboard,smollm2,docs,dev
 
 # CPU builds of torch have an index of their own; with an NVIDIA GPU the default builds are right.
@@ -8,7 +10,7 @@ ifeq ($(shell command -v nvidia-smi),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: train test lint types contract docs clean
+.PHONY: train test lint types contract docs bench clean
 
 train: .venv/ready
 	.venv/bin/postgrad train --config recipes/grace.yaml
@@ -28,6 +30,23 @@ contract: .venv/ready
 
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# without vLLM its row says so, and the others are measured all the same
+bench: .venv/ready .bench/peers/ready
+	-$(MAKE) .bench/vllm/ready
+	.venv/bin/python -m benchmarks.run $(BENCH)
+
+.bench/peers/ready: benchmarks/requirements-peers.txt
+	test -x .bench/peers/bin/python || $(PYTHON) -m venv .bench/peers || python3 -m venv .bench/peers
+	.bench/peers/$(INSTALL) $(TORCH_INDEX) -c benchmarks/requirements-peers.txt torch
+	.bench/peers/$(INSTALL) -r benchmarks/requirements-peers.txt
+	touch .bench/peers/ready
+
+.bench/vllm/ready: benchmarks/requirements-vllm.txt
+	test -x .bench/vllm/bin/python || $(PYTHON) -m venv .bench/vllm || python3 -m venv .bench/vllm
+	.bench/vllm/$(INSTALL) $(TORCH_INDEX) -c benchmarks/requirements-vllm.txt torch
+	.bench/vllm/$(INSTALL) --no-deps -r benchmarks/requirements-vllm.txt
+	touch .bench/vllm/ready
 
 # torch comes first and alone, so that the extra index is asked for torch only
 .venv/ready: pyproject.toml constraints.txt Makefile

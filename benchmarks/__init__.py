@@ -1,0 +1,1 @@
+"""Postgrad next to other libraries: one script a benchmark, run by `python -m benchmarks.run`."""
