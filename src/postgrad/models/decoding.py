@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from postgrad.models.attention import AttentionForm
 from postgrad.models.network import output_layer, packed_hidden
 from postgrad.models.packing import Block, SharedPrefixes
-from postgrad.objectives.projection import project_logits
 
 _FIRST_ROOM = 64  # tokens for which a sample's buffer has room at first; doubled when full
 
@@ -92,7 +91,7 @@ class Decoder:
         assert layer is not None
         states = self._hidden.to(layer.weight.dtype)
         with torch.autocast(states.device.type, enabled=False):
-            return project_logits(states, layer.weight, layer.bias, layer.transform)
+            return layer.transform(layer.linear(states).float())
 
     def feed(self, tokens: Tensor) -> None:
         """Append a token `[rows]` to each sample."""

@@ -1,9 +1,10 @@
-"""Token-wise parts of transformers networks that keep less for the backward pass.
+"""Token-wise parts of transformers networks that are faster or keep less for the backward pass.
 
-transformers writes them for reading: autograd then keeps every intermediate value. The two parts
-here keep their inputs (and for the MLP the two halves before they are multiplied) and compute the
-rest again, which is a few element-wise operations; half of a step's memory goes with it. A part is
-replaced only where it gives what the module's own code gives.
+transformers writes them for reading: autograd then keeps every intermediate value. The norm and the
+MLP here keep their inputs (and the MLP its two halves before they are multiplied) and compute the
+rest again, which is a few element-wise operations; half of a step's memory goes with it. Linear
+layers multiply by `postgrad.products`. A part is replaced only where it gives what the module's own
+code gives.
 """
 
 from collections.abc import Callable
@@ -15,17 +16,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from postgrad.products import product
+
 _TOLERANCE = 1e-5  # of the norm, in float32
 
 
 def make_lean(network: nn.Module) -> None:
-    """Replace what can be: root mean square norms, and MLPs gated by SiLU without biases."""
+    """Replace what can be: linear layers, root mean square norms, MLPs gated by SiLU."""
     part: Any
     for part in network.modules():
         if _is_norm(part) and _agree(part, _norm, len(part.weight)):
             part.forward = MethodType(_norm, part)
+        elif _is_linear(part):
+            part.forward = MethodType(_linear, part)
         elif _is_gated_mlp(part) and _agree(part, _gated_mlp, part.gate_proj.in_features):
             part.forward = MethodType(_gated_mlp, part)
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module) is nn.Linear
 
 
 def _is_norm(module: Any) -> bool:
@@ -39,9 +48,11 @@ def _is_norm(module: Any) -> bool:
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    layers: list[Any] = [
+        getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")
+    ]
     return hasattr(module, "act_fn") and all(
-        type(layer) is nn.Linear and layer.bias is None for layer in layers
+        _is_linear(layer) and layer.bias is None for layer in layers
     )
 
 
@@ -49,7 +60,9 @@ def _is_gated_mlp(module: Any) -> bool:
 def _agree(module: Any, lean: Callable[..., Tensor], width: int) -> bool:
     random = torch.Generator().manual_seed(0)
     states = torch.randn(4, width, generator=random).to(next(module.parameters()))
-    expected, actual = module(states), lean(module, states)
+    expected = module(states)
+    with torch.enable_grad():  # the MLP is its own self without
+        actual = lean(module, states)
     tolerance = _TOLERANCE if expected.dtype == torch.float32 else 1e-2
     return actual.dtype == expected.dtype and bool(
         (actual - expected).norm() <= tolerance * expected.norm()
@@ -88,7 +101,44 @@ class _Norm(torch.autograd.Function):
         return grad_states.to(states.dtype), grad_weight, None
 
 
+def _linear(self: Any, input: Tensor) -> Tensor:
+    device = input.device.type
+    if (
+        device != "cpu"
+        or not input.dtype == self.weight.dtype == torch.float32
+        or torch.is_autocast_enabled(device)
+    ):
+        return nn.Linear.forward(self, input)
+    output: Tensor = _Linear.apply(input, self.weight, self.bias)
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    """x Wᵀ + b."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        result = _times(states, weight)
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight = ctx.saved_tensors
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad
+        slope = gradients[0]
+        return (
+            _times(slope, weight.t()) if wants_states else None,
+            _outer(slope, states) if wants_weight else None,
+            slope.flatten(0, -2).sum(0) if wants_bias else None,
+        )
+
+
 def _gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        # without a backward pass nothing is kept, and the layers may be others than its own
+        return type(self).forward(self, hidden_states)
     weights = [self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight]
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
@@ -105,9 +155,9 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):
-            gated, lifted = states @ gate.t(), states @ up.t()
+            gated, lifted = _times(states, gate), _times(states, up)
             ctx.save_for_backward(states, gate, up, down, gated, lifted)
-            return silu(gated).mul_(lifted) @ down.t()
+            return _times(silu(gated).mul_(lifted), down)
 
     @staticmethod
     @once_differentiable
@@ -118,18 +168,23 @@ class _GatedMLP(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             activated = silu(gated)
             grad_down = _outer(slope, activated * lifted) if wants_down else None
-            slope = slope @ down
+            slope = _times(slope, down.t())
             grad_lifted = activated.mul_(slope)
             grad_gated = torch.ops.aten.silu_backward(slope.mul_(lifted), gated)
             grad_gate = _outer(grad_gated, states) if wants_gate else None
             grad_up = _outer(grad_lifted, states) if wants_up else None
             grad_states = None
             if wants_states:
-                grad_states = grad_gated @ gate
-                grad_states += grad_lifted @ up
+                grad_states = _times(grad_gated, gate.t())
+                grad_states += _times(grad_lifted, up.t())
         return grad_states, grad_gate, grad_up, grad_down
+
+
+def _times(states: Tensor, matrix: Tensor) -> Tensor:
+    """`[..., b]` from states `[..., a]` and a matrix `[b, a]`."""
+    return product(states.flatten(0, -2), matrix).view(*states.shape[:-1], len(matrix))
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """Σ over tokens of left ⊗ right: `[a, b]` from `[..., a]` and `[..., b]`."""
-    return left.flatten(0, -2).t() @ right.flatten(0, -2)
+    return product(left.flatten(0, -2).t(), right.flatten(0, -2).t())

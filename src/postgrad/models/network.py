@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from postgrad.models.attention import Layout, no_mask
 from postgrad.objectives.projection import LogitTransform
+from postgrad.products import PackedLinear
 
 
 def is_adapted(network: nn.Module) -> bool:
@@ -23,9 +24,12 @@ def base_of(network: Any) -> Any:
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """The linear map from hidden states to logits, and what is done to the logits after it."""
+    """The linear map from hidden states to logits, and what is done to the logits after it.
 
-    linear: nn.Linear
+    `linear` is what the network has there, or takes its place while it samples.
+    """
+
+    linear: nn.Linear | PackedLinear
     transform: LogitTransform
 
     @property
@@ -41,7 +45,7 @@ def output_layer(network: nn.Module) -> OutputLayer | None:
     """The output layer, or None where it is not a plain linear map."""
     base = base_of(network)
     linear = base.get_output_embeddings()
-    if type(linear) is not nn.Linear:
+    if type(linear) not in (nn.Linear, PackedLinear):
         return None
     config = base.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1.0

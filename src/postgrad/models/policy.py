@@ -18,6 +18,7 @@ from postgrad.models.scoring import (
     score_plain,
     score_shared,
 )
+from postgrad.products import PackedLinear, can_pack
 
 Message = dict[str, str]
 
@@ -237,12 +238,18 @@ class LanguagePolicy(nn.Module):
     def sampling_network(self) -> Iterator[nn.Module]:
         """The network to sample from.
 
-        Under autocast, float32 matrices would be rounded again for every token. So a copy of the
-        network is used whose matrices are rounded once per call; all else it shares.
+        For every token all matrices are read again; under autocast they would be rounded again,
+        too. So a copy of the network is used whose matrices are rounded, and on CPUs packed, once
+        per call; all else it shares.
         """
         network = self._network()
         device = self.device.type
-        if not torch.is_autocast_enabled(device) or not _has_float_matrices(network):
+        rounding = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if rounding else base_of(network).dtype
+        if self.shares_prefixes and can_pack(dtype, self.device):
+            yield _packed_copy(network, dtype)
+            return
+        if not rounding or not _has_float_matrices(network):
             yield network
             return
         if not self._rounded or self._in_reference:
@@ -290,6 +297,15 @@ def _sharing_copy(network: nn.Module) -> nn.Module:
     """A copy of the module tree around the same tensors."""
     tensors = [*network.parameters(), *network.buffers()]
     return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+
+
+def _packed_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose linear layers are packed in `dtype`, sharing all other tensors."""
+    copied = _sharing_copy(network)
+    for name, layer in list(linear_layers(copied)):
+        matrix = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+        copied.set_submodule(name, PackedLinear(matrix, layer.bias, dtype))
+    return copied
 
 
 def _round_matrices(network: nn.Module, rounded: nn.Module, dtype: torch.dtype) -> None:

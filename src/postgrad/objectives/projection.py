@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from postgrad.products import product
+
 _CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in float32, which a processor's cache holds
 _LEAST_WIDTH = 1024  # narrower parts of the vocabulary make slow products
 _KEPT_BYTES = 2**28  # products W h of up to this size are kept for the backward pass
@@ -111,14 +113,14 @@ def project_logits(
 
     Not differentiable: it works in place. For the few rows of a decoding step.
     """
-    return _logits(hidden @ weight.t(), bias, transform, temperature)
+    return _logits(product(hidden, weight), bias, transform, temperature)
 
 
 def _logits(
-    product: Tensor, bias: Tensor | None, transform: LogitTransform, temperature: float
+    projected: Tensor, bias: Tensor | None, transform: LogitTransform, temperature: float
 ) -> Tensor:
     """Logits in at least float32 from W h, whose memory they may take."""
-    logits = product.to(_sum_dtype(product.dtype))
+    logits = projected.to(_sum_dtype(projected.dtype))
     if bias is not None:
         logits += bias
     return transform(logits, temperature)
@@ -181,11 +183,11 @@ class _Projection(torch.autograd.Function):
             chosen = torch.empty(len(hidden), dtype=_sum_dtype(dtype), device=hidden.device)
             softmax = _RunningSoftmax(len(hidden), chosen, weighted=entropy)
             for part in parts:
-                product = states @ cast_weight[part].t()
+                projected = product(states, cast_weight[part])
                 if keep:
-                    kept.append(product)
-                    product = product.to(chosen.dtype, copy=True)
-                logits = _logits(product, _of(bias, part), transform, temperature)
+                    kept.append(projected)
+                    projected = projected.to(chosen.dtype, copy=True)
+                logits = _logits(projected, _of(bias, part), transform, temperature)
                 rows, places = _targets_in(part, targets)
                 chosen[rows] = logits[rows, places]
                 softmax.add(logits)
@@ -210,10 +212,10 @@ class _Projection(torch.autograd.Function):
             states, cast_weight = hidden.to(dtype), weight.to(dtype)
             for number, part in enumerate(parts):
                 if kept:
-                    product = kept[number].to(normalisers.dtype, copy=True)
+                    projected = kept[number].to(normalisers.dtype, copy=True)
                 else:
-                    product = states @ cast_weight[part].t()
-                logits = _logits(product, _of(bias, part), transform, temperature)
+                    projected = product(states, cast_weight[part])
+                logits = _logits(projected, _of(bias, part), transform, temperature)
                 capped = _slope_of_cap(logits, transform, temperature)
                 # `gradient` becomes ∂/∂z, then ∂/∂(W h + b), in the logits' memory
                 if entropy:
@@ -236,9 +238,9 @@ class _Projection(torch.autograd.Function):
                     grad_bias[part] = gradient.sum(0)
                 gradient = gradient.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden += gradient @ cast_weight[part]
+                    grad_hidden += product(gradient, cast_weight[part].t())
                 if grad_weight is not None:
-                    grad_weight[part] = gradient.t() @ states
+                    grad_weight[part] = product(gradient.t(), states.t())
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             grad_weight,

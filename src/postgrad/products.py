@@ -1,0 +1,83 @@
+"""Matrix products on CPUs by oneDNN, which PyTorch ships with but asks for bfloat16 only.
+
+For float32 PyTorch asks MKL, which on processors other than Intel's has less than half of oneDNN's
+speed. For the few rows of a decoding step, packing a matrix once into oneDNN's own order gains as
+much again, in both precisions. Both are float32 all the way: nothing is rounded.
+
+The two functions of PyTorch used here serve its compiler; where they are missing or do not work,
+products are PyTorch's usual ones.
+"""
+
+import platform
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LEAST_WORK = 2**18  # multiplications below which the call itself counts for more
+_PACKED_FOR = 32  # rows; the order is good for fewer and for many more
+
+
+@cache
+def _onednn() -> tuple[Any, Any] | None:
+    """The functions that multiply and pack, if they work here."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        multiply, pack = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
+        left, right = torch.arange(24.0).view(4, 6), torch.arange(18.0).view(3, 6)
+        expected = left @ right.t()
+        for matrix in (right, pack(right, _PACKED_FOR)):
+            if not torch.allclose(multiply(left, matrix, None, "none", [], ""), expected):
+                return None
+    except (AttributeError, RuntimeError):
+        return None
+    return multiply, pack
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left · rightᵀ` `[M, N]` of `[M, K]` and `[N, K]`. Not differentiable."""
+    if (
+        left.dtype == right.dtype == torch.float32
+        and left.device.type == "cpu"
+        and left.shape[0] * left.shape[1] * right.shape[0] >= _LEAST_WORK
+        and (functions := _onednn()) is not None
+    ):
+        result: Tensor = functions[0](_dense(left), _dense(right), None, "none", [], "")
+        return result
+    return left @ right.t()
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Itself, or a copy if it is neither row by row nor column by column in memory."""
+    return matrix if 1 in matrix.stride() and 0 not in matrix.stride() else matrix.contiguous()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer to decode with: its matrix is rounded and packed as it is now.
+
+    It makes no gradients, and does not follow later changes of the layer.
+    """
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        """The matrix is `[out, in]`."""
+        super().__init__()
+        functions = _onednn()
+        assert functions is not None
+        self._multiply, pack = functions
+        self.weight, self.bias = matrix, bias
+        self._dtype = dtype
+        self._rounded_bias = None if bias is None else bias.detach().to(dtype)
+        self._packed = pack(matrix.detach().to(dtype).contiguous(), _PACKED_FOR)
+
+    def forward(self, states: Tensor) -> Tensor:
+        rows = states.reshape(-1, states.shape[-1]).to(self._dtype)
+        product: Tensor = self._multiply(rows, self._packed, self._rounded_bias, "none", [], "")
+        return product.view(*states.shape[:-1], len(self.weight))
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether linear layers can be packed for decoding in this precision."""
+    known = dtype in (torch.float32, torch.bfloat16)
+    return known and device.type == "cpu" and _onednn() is not None
