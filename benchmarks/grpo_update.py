@@ -79,12 +79,8 @@ def ours(
         device="cpu",
         **chosen_precision(precision),
     )
-    update_turn_by_turn(
-        turns,
-        method,
-        loop,
-        *given_samples(vocabulary_of(model), prompt_length, prompts, completions),
-    )
+    samples = given_samples(vocabulary_of(model), prompt_length, prompts, completions)
+    update_turn_by_turn(turns, method, loop, *samples)
 
 
 def update_turn_by_turn(
@@ -202,14 +198,14 @@ def _same_precision(setting: Setting, prompt_length: int, precision: str) -> lis
     we, matrices = outcomes["ours"], outcomes["matrices"]
     if we.failure is None and matrices.failure is None:
         needed = operations(setting.model, prompt_length)
-        share = needed / we.time / matrices.rate("operations")
+        rate = matrices.rate("operations")
         rows.append(
             Row(
                 f"share of the machine, prompts of {prompt_length}, {precision}",
                 unit="share",
-                ours=share,
+                ours=needed / we.time / rate,
                 reach=SHARE_REACH[precision],
-                note=f"{needed / 1e12:.2f} of {matrices.rate('operations') / 1e12:.2f} Tflop/s",
+                note=f"{needed / 1e12:.3g} Tflop, of a machine that does {rate / 1e12:.3g} Tflop/s",
                 turns={"ours": we.seconds, "matrices": matrices.seconds},
             )
         )
