@@ -14,6 +14,7 @@ from benchmarks.language import (
     import_model_code,
     parameters,
     random_tokens,
+    vocabulary_of,
 )
 from benchmarks.rows import Row, Setting, compared
 from benchmarks.turns import Turns
@@ -23,7 +24,7 @@ REACH = 3.0
 
 
 def prompts_of(model: str, turn: int) -> list[list[int]]:
-    return random_tokens(model, [PROMPT_LENGTH] * PROMPTS, seed=turn)
+    return random_tokens(vocabulary_of(model), [PROMPT_LENGTH] * PROMPTS, seed=turn)
 
 
 def ours(turns: Turns, *, model: str, precision: str) -> None:

@@ -37,11 +37,14 @@ def config(model: str) -> dict[str, Any]:
     return found
 
 
-def random_tokens(model: str, lengths: list[int], seed: int) -> list[list[int]]:
+def vocabulary_of(model: str) -> int:
+    return int(config(model)["vocab_size"])
+
+
+def random_tokens(vocabulary: int, lengths: list[int], seed: int) -> list[list[int]]:
     """Rows of random tokens, the same in every environment; the first few, special ones, not."""
     draw = random.Random(seed)
-    last = config(model)["vocab_size"] - 1
-    return [[draw.randint(3, last) for _ in range(length)] for length in lengths]
+    return [[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
 
 
 def random_texts(model: str, lengths: list[int], seed: int) -> list[str]:

@@ -91,8 +91,12 @@ def compared(
     reach: float | None = None,
     memory_reach: float | None = None,
     note: str = "",
+    timed: bool = True,
 ) -> Row:
-    """The row of `ours` against `peer`: seconds a turn, or `rate` of a turn's numbers a second."""
+    """The row of `ours` against `peer`: seconds a turn, or `rate` of a turn's numbers a second.
+
+    Without `timed` memory alone is compared.
+    """
     we, they = outcomes[ours], outcomes[peer]
     row = Row(
         name,
@@ -101,14 +105,18 @@ def compared(
         reach=reach,
         memory_reach=memory_reach,
         note=note,
-        turns={"ours": we.seconds, peer: they.seconds},
+        turns={"ours": we.seconds, peer: they.seconds} if timed else {},
     )
     failures = [f"{who}: {o.failure}" for who, o in ((ours, we), (peer, they)) if o.failure]
     row.failure = "\n".join(failures) or None
     if we.failure is None:
-        row.ours, row.memory = we.rate(rate) if rate else we.time, we.peak
+        row.memory = we.peak
     if they.failure is None:
-        row.theirs, row.peer_memory = they.rate(rate) if rate else they.time, they.peak
+        row.peer_memory = they.peak
+    if timed and we.failure is None:
+        row.ours = we.rate(rate) if rate else we.time
+    if timed and they.failure is None:
+        row.theirs = they.rate(rate) if rate else they.time
     return row
 
 
