@@ -1,4 +1,4 @@
-"""One optimiser step of DPO on 8 pairs, against TRL.
+"""One optimiser step of DPO on 4 pairs, against TRL.
 
 Prompts of 256 tokens and responses of 64 (the end token included), of random words. Every step has
 pairs of its own, so both score the reference on them within the step. TRL runs without gradient
@@ -19,7 +19,7 @@ from benchmarks.language import (
 from benchmarks.rows import Row, Setting, compared
 from benchmarks.turns import Turns
 
-PAIRS = 8
+PAIRS = 4
 PROMPT_LENGTH = 256
 RESPONSE_LENGTH = 64
 REACH = 2.5

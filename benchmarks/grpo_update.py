@@ -1,20 +1,20 @@
 """One update of GRPO on given samples (scoring, backward, optimiser step), against TRL.
 
-4 prompts of 46 or 512 random tokens with 8 completions each of 16 to 64 random tokens, the same
-for both. TRL's GRPOTrainer is handed them by `rollout_func`. In the rows of one precision TRL runs
-without gradient checkpointing, its faster way, and once more, for its memory alone, with it, its
-default; in the rows of defaults both choose for themselves. With prompts of 512 TRL accumulates
-gradients over batches of 8, its default size: all 32 at once take more than 24 GB.
+4 prompts of 46 random tokens, or one of 512, with 8 completions each of 16 to 64 random tokens, the
+same for both. TRL's GRPOTrainer is handed them by `rollout_func`. In the rows of one precision TRL
+runs without gradient checkpointing, its faster way, and once more, for its memory alone, with it,
+its default; in the row of defaults both choose for themselves.
 
 The share of the machine is what the update needs over what the machine could do meanwhile: 6
 operations for every token and parameter (a prompt counts once, the embedding's matrix only at
-sampled tokens), against square matrix products of the same precision, timed in the same race.
+sampled tokens), against square matrix products of the same precision, timed in the same race: those
+of `torch.mm`, and in float32 those of oneDNN, which the library asks instead.
 """
 
 import random
 from typing import Any
 
-from benchmarks.harness import PEERS, Contender, race
+from benchmarks.harness import PEERS, Contender, Outcome, race
 from benchmarks.language import (
     ADAM,
     COMPLETIONS,
@@ -30,7 +30,7 @@ from benchmarks.language import (
     trl_settings,
     vocabulary_of,
 )
-from benchmarks.machine import matrix_rate
+from benchmarks.machine import matrix_rate, onednn_rate
 from benchmarks.rows import Row, Setting, compared
 from benchmarks.turns import Turns
 
@@ -39,15 +39,16 @@ REACH = {46: 4.0, 512: 5.0}
 REACH_OF_DEFAULTS = 10.0
 MEMORY_REACH = 6.0
 SHARE_REACH = {"fp32": 0.8, "bf16": 0.6}
-BATCH_OF_TRL = {46: 32, 512: 8}
+GROUPS = {46: PROMPTS, 512: 1}
 SHORTEST = 16
 CHECKPOINTING = "TRL, checkpointing"
 
 
 def given_samples(
-    vocabulary: int, prompt_length: int, prompts: int = PROMPTS, completions: int = COMPLETIONS
+    vocabulary: int, prompt_length: int, prompts: int | None = None, completions: int = COMPLETIONS
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The prompts, and the completions of the first, the second …, as token ids."""
+    prompts = prompts or GROUPS[prompt_length]
     draw = random.Random(1)
     lengths = [draw.randint(SHORTEST, LONGEST) for _ in range(prompts * completions)]
     return (
@@ -62,24 +63,24 @@ def ours(
     model: str,
     prompt_length: int,
     precision: str | None,
-    prompts: int = PROMPTS,
+    prompts: int | None = None,
     completions: int = COMPLETIONS,
 ) -> None:
     from postgrad.api import prepare
 
     import_model_code()
     turns.imported(ADAM * parameters(model))
+    samples = given_samples(vocabulary_of(model), prompt_length, prompts, completions)
     method, loop = prepare(
         "grpo",
         model=model,
-        data=[{"prompt": "A question"}] * prompts,
+        data=[{"prompt": "A question"}] * len(samples[0]),
         reward=lambda completions: [0.0] * len(completions),
-        batch_size=prompts,
+        batch_size=len(samples[0]),
         rollout={"samples": completions, "max_new_tokens": LONGEST},
         device="cpu",
         **chosen_precision(precision),
     )
-    samples = given_samples(vocabulary_of(model), prompt_length, prompts, completions)
     update_turn_by_turn(turns, method, loop, *samples)
 
 
@@ -133,7 +134,6 @@ def trl(
     import_model_code()
     turns.imported(ADAM * parameters(model))
     prompts, responses = given_samples(vocabulary_of(model), prompt_length)
-    batch = BATCH_OF_TRL[prompt_length]
 
     def given(asked: list[Any], trainer: Any) -> dict[str, Any]:
         return {
@@ -146,8 +146,7 @@ def trl(
         model=model,
         args=GRPOConfig(
             **trl_settings(turns, precision, checkpointing),
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=len(responses) // batch,
+            per_device_train_batch_size=len(responses),
             num_generations=COMPLETIONS,
             max_completion_length=LONGEST,
         ),
@@ -174,8 +173,7 @@ def measure(setting: Setting) -> list[Row]:
     for prompt_length in PROMPT_LENGTHS:
         for precision in FP32_AND_BF16:
             rows += _same_precision(setting, prompt_length, precision)
-        rows.append(_defaults(setting, prompt_length))
-    return rows
+    return [*rows, _defaults(setting)]
 
 
 def _same_precision(setting: Setting, prompt_length: int, precision: str) -> list[Row]:
@@ -184,7 +182,8 @@ def _same_precision(setting: Setting, prompt_length: int, precision: str) -> lis
         [
             Contender("ours", ours, arguments=task),
             Contender("TRL", trl, PEERS, task | {"checkpointing": False}),
-            Contender("matrices", matrix_rate, arguments={"precision": precision}),
+            Contender("torch.mm", matrix_rate, arguments={"precision": precision}),
+            *([Contender("oneDNN", onednn_rate)] if precision == "fp32" else []),
         ],
         setting.repeats,
     )
@@ -195,25 +194,32 @@ def _same_precision(setting: Setting, prompt_length: int, precision: str) -> lis
         compared(name, "TRL", outcomes, reach=REACH[prompt_length], memory_reach=MEMORY_REACH),
         compared(name, CHECKPOINTING, outcomes, memory_reach=MEMORY_REACH, timed=False),
     ]
-    we, matrices = outcomes["ours"], outcomes["matrices"]
-    if we.failure is None and matrices.failure is None:
-        needed = operations(setting.model, prompt_length)
-        rate = matrices.rate("operations")
-        rows.append(
-            Row(
-                f"share of the machine, prompts of {prompt_length}, {precision}",
-                unit="share",
-                ours=needed / we.time / rate,
-                reach=SHARE_REACH[precision],
-                note=f"{needed / 1e12:.3g} Tflop, of a machine that does {rate / 1e12:.3g} Tflop/s",
-                turns={"ours": we.seconds, "matrices": matrices.seconds},
-            )
-        )
+    rows += [
+        _share(setting, prompt_length, precision, outcomes["ours"], who, outcomes[who])
+        for who in ("torch.mm", "oneDNN")
+        if who in outcomes
+    ]
     return rows
 
 
-def _defaults(setting: Setting, prompt_length: int) -> Row:
-    task = {"model": setting.model, "prompt_length": prompt_length, "precision": None}
+def _share(
+    setting: Setting, prompt_length: int, precision: str, we: Outcome, who: str, they: Outcome
+) -> Row:
+    name = f"share of {who}, prompts of {prompt_length}, {precision}"
+    row = Row(name, unit="share", reach=SHARE_REACH[precision])
+    failures = [outcome.failure for outcome in (we, they) if outcome.failure]
+    if failures:
+        row.failure = "\n".join(failures)
+        return row
+    needed, rate = operations(setting.model, prompt_length), they.rate("operations")
+    row.ours = needed / we.time / rate
+    row.note = f"{needed / 1e12:.3g} Tflop, of a machine that does {rate / 1e12:.3g} Tflop/s"
+    row.turns = {"ours": we.seconds, who: they.seconds}
+    return row
+
+
+def _defaults(setting: Setting) -> Row:
+    task = {"model": setting.model, "prompt_length": PROMPT_LENGTHS[0], "precision": None}
     outcomes = race(
         [
             Contender("ours", ours, arguments=task),
@@ -222,9 +228,9 @@ def _defaults(setting: Setting, prompt_length: int) -> Row:
         setting.repeats,
     )
     return compared(
-        f"update, prompts of {prompt_length}, defaults of both",
+        f"update, prompts of {PROMPT_LENGTHS[0]}, defaults of both",
         "TRL",
         outcomes,
-        reach=REACH_OF_DEFAULTS if prompt_length == 46 else None,
+        reach=REACH_OF_DEFAULTS,
         memory_reach=MEMORY_REACH,
     )

@@ -30,6 +30,19 @@ def matrix_rate(turns: Turns, *, precision: str, products: int = 100) -> None:
         turns.end(operations=2 * SIDE**3 * products)
 
 
+def onednn_rate(turns: Turns, products: int = 100) -> None:
+    """Floating-point operations of square products of 1024 in float32 by oneDNN."""
+    import torch
+
+    from postgrad.products import product
+
+    left, right = torch.randn(2, SIDE, SIDE)
+    while turns.begin():
+        for _ in range(products):
+            product(left, right)
+        turns.end(operations=2 * SIDE**3 * products)
+
+
 def copy_rate(turns: Turns) -> None:
     """Bytes read and written by copying a tensor larger than the caches."""
     import torch

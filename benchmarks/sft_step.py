@@ -1,7 +1,7 @@
-"""One optimiser step of supervised fine-tuning on 32 texts of ragged lengths, against TRL.
+"""One optimiser step of supervised fine-tuning on 16 texts of ragged lengths, against TRL.
 
 Lengths are drawn log-uniformly from 16 to 512 tokens, of random words; all tokens but the first of
-a text are learnt, on both sides, and every step sees all 32 texts, so that the work is equal. TRL
+a text are learnt, on both sides, and every step sees all 16 texts, so that the work is equal. TRL
 runs without gradient checkpointing, its faster way, and twice: with `packing=True`, texts put
 together to rows of 1024 tokens, and with its default, padded batches of 8. In both it accumulates
 gradients to one step.
@@ -25,7 +25,7 @@ from benchmarks.language import (
 from benchmarks.rows import Row, Setting, compared
 from benchmarks.turns import Turns
 
-TEXTS = 32
+TEXTS = 16
 SHORTEST, LONGEST = 16, 512
 PACKED = 1024  # tokens of a packed row
 PADDED = 8  # texts of a padded batch

@@ -7,6 +7,7 @@
 """
 
 import inspect
+import json
 import pkgutil
 import re
 from collections.abc import Callable, Iterable
@@ -204,11 +205,78 @@ def commands_help() -> str:
     return "\n".join(parts)
 
 
+def benchmarks_tables() -> str:
+    """The committed benchmark results: what each measures, its rows, and where and when."""
+    parts = []
+    for file in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [_benchmark_row(row) for row in result["rows"]]
+        heads = ["Row", "Ours", "Peer's", "Times better", "Reach", "Memory", "Peer's", "Times less"]
+        notes = [f"- {row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
+        parts += [
+            f"### {file.stem.replace('_', ' ').capitalize()}",
+            result["what"],
+            _table(heads, rows),
+            "\n".join(notes),
+            f"Measured {result['date'][:10]} by `benchmarks/{file.stem}.py`: "
+            + _machine(result["machine"]),
+        ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _benchmark_row(row: dict[str, Any]) -> list[str]:
+    def quantity(value: float | None, unit: str) -> str:
+        return (
+            "–"
+            if value is None
+            else f"{value:,.3g} {unit}"
+            if value < 1000
+            else f"{value:,.0f} {unit}"
+        )
+
+    def reach(value: float | None, reached: bool | None, sign: str) -> str:
+        if value is None:
+            return ""
+        return f"{sign}{value:g} " + {True: "✓", False: "✗ not reached", None: ""}[reached]
+
+    def times(ratio: float | None) -> str:
+        return "" if ratio is None else f"{ratio:.3g}" + (" (peer wins)" if ratio < 1 else "")
+
+    def gigabytes(size: int | None) -> str:
+        return "" if size is None else f"{size / 1e9:.2f} GB"
+
+    theirs = f"{quantity(row['theirs'], row['unit'])} ({row['peer']})" if row["peer"] else ""
+    failure = f" (could not run: {cell(row['failure'].splitlines()[-1])})" if row["failure"] else ""
+    return [
+        row["name"] + failure,
+        quantity(row["ours"], row["unit"]),
+        theirs,
+        times(row["ratio"]),
+        reach(row["reach"], row["reached"], "at most " if row["at_most"] else "at least "),
+        gigabytes(row["memory"]),
+        gigabytes(row["peer_memory"]),
+        f"{times(row['memory_ratio'])} {reach(row['memory_reach'], row['memory_reached'], 'of ')}",
+    ]
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    versions = {**machine["versions"]["ours"], **machine["versions"]["peers"]}
+    known = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; square products "
+        f"{machine['fp32_operations_per_second'] / 1e9:.0f} Gflop/s in fp32 and "
+        f"{machine['bf16_operations_per_second'] / 1e9:.0f} in bf16 (`torch.mm`), copying "
+        f"{machine['copy_bytes_per_second'] / 1e9:.0f} GB/s; {known}."
+    )
+
+
 FILLED: dict[str, Callable[[], str]] = {
     "formats": formats_table,
     "verifiers": verifiers_table,
     "loop-settings": loop_settings_table,
     "commands": commands_help,
+    "benchmarks": benchmarks_tables,
 }
 
 

@@ -1,5 +1,8 @@
 """Products by oneDNN against PyTorch's own, in every memory order that autograd comes up with."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -83,3 +86,17 @@ def test_packing_follows_the_weights():
         for parameter in policy.network.parameters():
             parameter.mul_(1.1)
     assert not torch.equal(generate(policy, prompt, settings, seeds=[0]).logprobs[0][:1], first[:1])
+
+
+@onednn
+def test_the_packed_copy_is_gone_after_sampling():
+    policy = load_policy("tiny")
+    gc.disable()
+    try:
+        with policy.sampling_network() as network:
+            layers = [weakref.ref(m) for m in network.modules() if isinstance(m, PackedLinear)]
+        assert layers
+        del network
+        assert not any(layer() for layer in layers)
+    finally:
+        gc.enable()

@@ -275,6 +275,23 @@ def doctor() -> None:
 
 
 @main.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
+@click.option("--shape", help="tiny, 135m or 1.5b; by the device when empty.")
+@click.option("--prompts", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--completions", default=8, show_default=True, type=click.IntRange(2))
+@click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--new-tokens", type=click.IntRange(1), help="By the device when empty.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--json", "as_json", is_flag=True)
+def bench(as_json: bool, **settings: Any) -> None:
+    """How fast updates and sampling are here, and how close to the machine's own limits."""
+    from postgrad.speed import measure, report
+
+    speed = measure(**settings)
+    click.echo(json.dumps(speed.as_dict(), indent=1) if as_json else report(speed))
+
+
+@main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script of a shell: `eval "$(postgrad completion bash)"`."""

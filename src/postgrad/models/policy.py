@@ -247,7 +247,14 @@ class LanguagePolicy(nn.Module):
         rounding = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if rounding else base_of(network).dtype
         if self.shares_prefixes and can_pack(dtype, self.device):
-            yield _packed_copy(network, dtype)
+            packed = _packed_copy(network, dtype)
+            try:
+                yield packed
+            finally:
+                # a module with a forward method of its own refers to itself: without this the copy
+                # would stay until the next garbage collection
+                for module in packed.modules():
+                    vars(module).pop("forward", None)
             return
         if not rounding or not _has_float_matrices(network):
             yield network

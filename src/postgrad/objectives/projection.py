@@ -26,7 +26,7 @@ from postgrad.products import product
 
 _CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in float32, which a processor's cache holds
 _LEAST_WIDTH = 1024  # narrower parts of the vocabulary make slow products
-_KEPT_BYTES = 2**28  # products W h of up to this size are kept for the backward pass
+_KEPT_BYTES = 2**26  # products W h of up to this size are kept for the backward pass
 
 
 @dataclass(frozen=True)
