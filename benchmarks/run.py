@@ -6,6 +6,7 @@ python -m benchmarks.run [NAME …] [--repeats N] [--quick]
 import argparse
 import importlib
 import inspect
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +44,7 @@ def main() -> None:
         help="one turn on a tiny model, to test the scripts; kept apart from the results",
     )
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no contender is left behind
     for name in given.names:
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}: expected {', '.join(BENCHMARKS)}")
