@@ -14,6 +14,7 @@ from benchmarks.language import (
     parameters,
     random_texts,
     step_by_turn,
+    train_turn_by_turn,
     trl_settings,
 )
 from benchmarks.rows import Row, Setting, compared
@@ -40,7 +41,6 @@ def pairs(model: str, count: int) -> list[dict[str, str]]:
 
 def ours(turns: Turns, *, model: str, precision: str) -> None:
     from postgrad.api import prepare
-    from postgrad.training.optimise import Optimisers, autocast
 
     import_model_code()
     turns.imported((ADAM + REFERENCE) * parameters(model))
@@ -53,15 +53,7 @@ def ours(turns: Turns, *, model: str, precision: str) -> None:
         precision=precision,
         device="cpu",
     )
-    optimise = Optimisers(method.modules(), loop, method.place.device)
-    step = 0
-    while turns.begin():
-        optimise.set_step(step)
-        with autocast(loop.precision, method.place.device):
-            batch = method.collect(step)
-        method.update(batch, optimise)
-        turns.end(tokens=int(batch.cost.sum()))
-        step += 1
+    train_turn_by_turn(turns, method, loop, lambda batch: int(batch.cost.sum()))
 
 
 def trl(turns: Turns, *, model: str, precision: str) -> None:

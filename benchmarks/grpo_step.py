@@ -15,6 +15,7 @@ from benchmarks.language import (
     import_model_code,
     parameters,
     step_by_turn,
+    train_turn_by_turn,
     trl_settings,
 )
 from benchmarks.rows import Row, Setting, compared
@@ -39,7 +40,6 @@ def letters(completions: list[str], **columns: Any) -> list[float]:
 
 def ours(turns: Turns, *, model: str) -> None:
     from postgrad.api import prepare
-    from postgrad.training.optimise import Optimisers, autocast
 
     import_model_code()
     turns.imported(ADAM * parameters(model))
@@ -52,15 +52,7 @@ def ours(turns: Turns, *, model: str) -> None:
         rollout={"samples": COMPLETIONS, "max_new_tokens": LONGEST},
         device="cpu",
     )
-    optimise = Optimisers(method.modules(), loop, method.place.device)
-    step = 0
-    while turns.begin():
-        optimise.set_step(step)
-        with autocast(loop.precision, method.place.device):
-            batch = method.collect(step)
-        method.update(batch, optimise)
-        turns.end(tokens=batch.tokens)
-        step += 1
+    train_turn_by_turn(turns, method, loop, lambda batch: batch.tokens)
 
 
 def trl(turns: Turns, *, model: str) -> None:

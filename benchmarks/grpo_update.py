@@ -30,7 +30,7 @@ from benchmarks.language import (
     trl_settings,
     vocabulary_of,
 )
-from benchmarks.machine import matrix_rate, onednn_rate
+from benchmarks.machine import matrix_rate
 from benchmarks.rows import Row, Setting, compared
 from benchmarks.turns import Turns
 
@@ -178,12 +178,14 @@ def measure(setting: Setting) -> list[Row]:
 
 def _same_precision(setting: Setting, prompt_length: int, precision: str) -> list[Row]:
     task = {"model": setting.model, "prompt_length": prompt_length, "precision": precision}
+    rate = {"precision": precision}
+    onednn = Contender("oneDNN", matrix_rate, arguments=rate | {"onednn": True})
     outcomes = race(
         [
             Contender("ours", ours, arguments=task),
             Contender("TRL", trl, PEERS, task | {"checkpointing": False}),
-            Contender("torch.mm", matrix_rate, arguments={"precision": precision}),
-            *([Contender("oneDNN", onednn_rate)] if precision == "fp32" else []),
+            Contender("torch.mm", matrix_rate, arguments=rate),
+            *([onednn] if precision == "fp32" else []),
         ],
         setting.repeats,
     )

@@ -96,6 +96,24 @@ def import_model_code() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
 
+def train_turn_by_turn(turns: Turns, method: Any, loop: Any, tokens: Callable[[Any], int]) -> None:
+    """Let a prepared method take one whole step a turn, as the library's loop does.
+
+    `tokens` counts those of a batch.
+    """
+    from postgrad.training.optimise import Optimisers, autocast
+
+    optimise = Optimisers(method.modules(), loop, method.place.device)
+    step = 0
+    while turns.begin():
+        optimise.set_step(step)
+        with autocast(loop.precision, method.place.device):
+            batch = method.collect(step)
+        method.update(batch, optimise)
+        turns.end(tokens=tokens(batch))
+        step += 1
+
+
 def chosen_precision(precision: str | None) -> dict[str, str]:
     """Our setting for a precision; None leaves the method's own default."""
     return {} if precision is None else {"precision": precision}

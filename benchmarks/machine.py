@@ -17,29 +17,21 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def matrix_rate(turns: Turns, *, precision: str, products: int = 100) -> None:
-    """Floating-point operations of square products of 1024, all threads."""
+def matrix_rate(turns: Turns, *, precision: str, onednn: bool = False, products: int = 100) -> None:
+    """Floating-point operations of square products of 1024, all threads, by torch.mm or oneDNN."""
     import torch
+
+    from postgrad.products import product
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = torch.randn(2, SIDE, SIDE).to(dtype)
     target = torch.empty_like(left)
     while turns.begin():
         for _ in range(products):
-            torch.mm(left, right, out=target)
-        turns.end(operations=2 * SIDE**3 * products)
-
-
-def onednn_rate(turns: Turns, products: int = 100) -> None:
-    """Floating-point operations of square products of 1024 in float32 by oneDNN."""
-    import torch
-
-    from postgrad.products import product
-
-    left, right = torch.randn(2, SIDE, SIDE)
-    while turns.begin():
-        for _ in range(products):
-            product(left, right)
+            if onednn:
+                product(left, right)
+            else:
+                torch.mm(left, right, out=target)
         turns.end(operations=2 * SIDE**3 * products)
 
 

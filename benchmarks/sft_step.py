@@ -20,6 +20,7 @@ from benchmarks.language import (
     parameters,
     random_texts,
     step_by_turn,
+    train_turn_by_turn,
     trl_settings,
 )
 from benchmarks.rows import Row, Setting, compared
@@ -41,7 +42,6 @@ def texts(model: str) -> list[dict[str, str]]:
 
 def ours(turns: Turns, *, model: str, precision: str) -> None:
     from postgrad.api import prepare
-    from postgrad.training.optimise import Optimisers
 
     import_model_code()
     turns.imported(ADAM * parameters(model))
@@ -54,14 +54,7 @@ def ours(turns: Turns, *, model: str, precision: str) -> None:
         precision=precision,
         device="cpu",
     )
-    optimise = Optimisers(method.modules(), loop, method.place.device)
-    step = 0
-    while turns.begin():
-        optimise.set_step(step)
-        batch = method.collect(step)
-        method.update(batch, optimise)
-        turns.end(tokens=int(batch.cost.sum()))
-        step += 1
+    train_turn_by_turn(turns, method, loop, lambda batch: int(batch.cost.sum()))
 
 
 def trl(turns: Turns, *, model: str, precision: str, packing: bool) -> None:

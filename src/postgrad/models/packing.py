@@ -138,52 +138,71 @@ class SharedPrefixes:
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
-        own_kernel = query.device.type == "cpu" and form.softcap is None and form.window is None
-        if own_kernel:
-            return self._attend_on_cpu(query, key, value, form)
-        prompt_outputs, completion_outputs = [], []
-        for block, parts in zip(self.prompt_blocks, self._completions, strict=True):
-            keys, values = block.pad(key), block.pad(value)
-            windowed = form.window is not None and form.window < block.longest
-            mask = _window_mask(block.longest, form.window, key.device) if windowed else None
-            own = masked_attention(block.pad(query), keys, values, mask, form, causal=not windowed)
-            prompt_outputs.append(block.unpad(own))
-            for part in parts:
-                output = masked_attention(
-                    part.block.pad(query),
-                    torch.cat([_of_owners(keys, part.owners), part.block.pad(key)], 2),
-                    torch.cat([_of_owners(values, part.owners), part.block.pad(value)], 2),
-                    _completion_mask(part, block.longest, form.window),
-                    form,
-                )
-                completion_outputs.append(part.block.unpad(output))
-        return torch.cat(prompt_outputs + completion_outputs)
-
-    def _attend_on_cpu(
-        self, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
-    ) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
+        on_cpu = query.device.type == "cpu" and form.softcap is None and form.window is None
+        if on_cpu and torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        scale = query.shape[-1] ** -0.5 if form.scale is None else form.scale
+        to_itself, with_prompts = (
+            (_own_on_cpu, _continued_on_cpu) if on_cpu else (_own_masked, _continued_masked)
+        )
         prompt_outputs, completion_outputs = [], []
         for block, parts in zip(self.prompt_blocks, self._completions, strict=True):
             keys, values = block.pad(key), block.pad(value)
-            none = keys[:, :, :0]
-            own = prefix_attention(block.pad(query), keys, values, none, none, (), scale)
-            prompt_outputs.append(block.unpad(own))
+            prompt_outputs.append(block.unpad(to_itself(block.pad(query), keys, values, form)))
             for part in parts:
-                output = prefix_attention(
-                    part.block.pad(query),
-                    part.block.pad(key),
-                    part.block.pad(value),
-                    keys,
-                    values,
-                    part.continued,
-                    scale,
+                own = part.block.pad(query), part.block.pad(key), part.block.pad(value)
+                completion_outputs.append(
+                    part.block.unpad(with_prompts(part, *own, keys, values, form))
                 )
-                completion_outputs.append(part.block.unpad(output))
         return torch.cat(prompt_outputs + completion_outputs)
+
+
+def _own_masked(query: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
+    """Causal attention of prompts to themselves."""
+    length = query.shape[2]
+    windowed = form.window is not None and form.window < length
+    mask = _window_mask(length, form.window, keys.device) if windowed else None
+    return masked_attention(query, keys, values, mask, form, causal=not windowed)
+
+
+def _continued_masked(
+    part: _Completions,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    form: AttentionForm,
+) -> Tensor:
+    """Attention of completions to a copy of their prompts and to themselves."""
+    return masked_attention(
+        query,
+        torch.cat([_of_owners(keys, part.owners), key], 2),
+        torch.cat([_of_owners(values, part.owners), value], 2),
+        _completion_mask(part, keys.shape[2], form.window),
+        form,
+    )
+
+
+def _own_on_cpu(query: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
+    none = keys[:, :, :0]
+    return prefix_attention(query, keys, values, none, none, (), _scale(query, form))
+
+
+def _continued_on_cpu(
+    part: _Completions,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    form: AttentionForm,
+) -> Tensor:
+    return prefix_attention(query, key, value, keys, values, part.continued, _scale(query, form))
+
+
+def _scale(query: Tensor, form: AttentionForm) -> float:
+    return query.shape[-1] ** -0.5 if form.scale is None else form.scale
 
 
 def _buckets(members: Sequence[int], lengths: Sequence[int], prefix: int = 0) -> list[list[int]]:

@@ -28,7 +28,7 @@ def enable_sharing(network: nn.Module) -> str | None:
 
     The network shares prompts only if its configuration names nothing but causal attention, full
     or in a sliding window, and a packed row of short random sequences gives the logits that the
-    network's own padded forward gives. Otherwise it is left as it was.
+    network's own padded forward gives. Otherwise its attention is left as it was.
     """
     register()
     base = base_of(network)

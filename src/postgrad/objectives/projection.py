@@ -111,7 +111,7 @@ def project_logits(
 ) -> Tensor:
     """Logits `[M, V]` in at least float32, of hidden states `[M, d]` of the weight's precision.
 
-    Not differentiable: it works in place. For the few rows of a decoding step.
+    Not differentiable: it works in place. For a few rows.
     """
     return _logits(product(hidden, weight), bias, transform, temperature)
 

@@ -79,6 +79,13 @@ class PairwisePreference(Method):
     log-probabilities are computed when a pair is first seen and kept, also in checkpoints.
     """
 
+    recipe = {
+        "precision": "auto",
+        "learning_rate": 1e-6,
+        "clip_norm": 10.0,
+        "warmup_steps": 10,
+        "steps": 100,
+    }
     config: PairwiseSettings
 
     def __init__(self, config: PairwiseSettings, place: Place, **given: Unpack[Given]):

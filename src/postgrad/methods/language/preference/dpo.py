@@ -30,13 +30,6 @@ class DPO(PairwisePreference):
     """
 
     Config = DPOSettings
-    recipe = {
-        "precision": "auto",
-        "learning_rate": 1e-6,
-        "clip_norm": 10.0,
-        "warmup_steps": 10,
-        "steps": 100,
-    }
     config: DPOSettings
 
     def pair_loss(self, delta: Tensor) -> Tensor:

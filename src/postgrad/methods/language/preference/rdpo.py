@@ -49,13 +49,6 @@ class RobustDPO(PairwisePreference):
     """
 
     Config = RobustDPOSettings
-    recipe = {
-        "precision": "auto",
-        "learning_rate": 1e-6,
-        "clip_norm": 10.0,
-        "warmup_steps": 10,
-        "steps": 100,
-    }
     config: RobustDPOSettings
 
     def pair_loss(self, delta: Tensor) -> Tensor:
