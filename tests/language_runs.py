@@ -5,6 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from postgrad.methods.language.comparisons import Compared
 from postgrad.training.record import read_rows
 
 SMALL = {
@@ -49,3 +50,12 @@ def moved(method, size=0.02):
             if parameter.requires_grad:
                 parameter.add_(size * torch.randn(parameter.shape, generator=random))
     return method
+
+
+def with_margins(delta):
+    """Pairs whose margins are `delta` `[B]`: the chosen response's log-ratio is all of it."""
+    logprobs = torch.stack([delta, torch.zeros_like(delta)], 1)
+    nothing = torch.zeros_like(logprobs)
+    return Compared(
+        logprobs, nothing, nothing.long() + 1, nothing, torch.ones_like(nothing).bool(), {}
+    )

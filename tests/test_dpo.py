@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, untimed, write_rows
+from language_runs import SMALL, assert_same_run, moved, untimed, with_margins, write_rows
 from postgrad.api import resume, train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
-from postgrad.methods.language.preference.base import accuracy
+from postgrad.methods.language.comparisons import accuracy, compared
 from postgrad.methods.language.preference.dpo import DPO, DPOSettings
 from postgrad.models.language import LoraSettings, load_policy
 from postgrad.training.checkpoint import load_latest
@@ -55,7 +55,17 @@ def test_at_the_reference_loss_is_log_two_and_accuracy_a_tie():
 
 
 def test_accuracy_counts_ties_half():
-    assert accuracy(torch.tensor([2.0, 0.0, -1.0, 0.1])) == 0.625
+    rewards = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.1, 0.0]])
+    unscored, present = torch.full((4, 2), torch.nan), torch.ones(4, 2, dtype=torch.bool)
+    assert accuracy(rewards, unscored, present) == 0.625
+
+
+def test_accuracy_of_lists_leaves_out_equal_scores_and_what_is_not_there():
+    rewards = torch.tensor([[3.0, 2.0, 9.0], [1.0, 2.0, 9.0]])
+    scores = torch.tensor([[2.0, 1.0, 1.0], [1.0, 0.0, torch.nan]])
+    present = torch.tensor([[True, True, True], [True, True, False]])
+    # 3 > 2 right, 3 > 9 wrong, 2 > 9 not asked (equal scores), 1 > 2 wrong
+    assert accuracy(rewards, scores, present) == pytest.approx(1 / 3)
 
 
 def test_the_margin_is_that_of_plain_sequence_log_probabilities():
@@ -71,9 +81,7 @@ def test_the_margin_is_that_of_plain_sequence_log_probabilities():
 
     losses = []
     with torch.no_grad():
-        for prompt, chosen, rejected in zip(
-            batch.prompts, batch.chosen, batch.rejected, strict=True
-        ):
+        for prompt, (chosen, rejected) in zip(batch.prompts, batch.responses, strict=True):
             delta = (
                 logprob(method.policy.network, prompt, chosen)
                 - logprob(frozen, prompt, chosen)
@@ -91,7 +99,8 @@ def test_the_first_gradient_is_half_beta_times_the_difference_of_scores():
     batch = method.collect(0)
     _, got = gradients(method, batch)
     method.policy.zero_grad(set_to_none=True)
-    scores = method.policy.score(batch.prompts * 2, batch.chosen + batch.rejected)
+    chosen, rejected = zip(*batch.responses, strict=True)
+    scores = method.policy.score(batch.prompts * 2, [*chosen, *rejected])
     won, lost = scores.logprobs.sum(1).chunk(2)
     (-0.2 * 0.5 * (won - lost).mean()).backward()
     for name, parameter in method.policy.named_parameters():
@@ -108,8 +117,9 @@ def test_only_the_predictions_of_response_tokens_carry_a_gradient():
     learning = int(gradient.flatten(0, -2).abs().sum(-1).gt(0).sum())
     # one state, that of the prompt's last token, predicts both first tokens; if these are the same
     # then the push up and the push down cancel
-    responses = zip(batch.chosen, batch.rejected, strict=True)
-    expected = sum(len(won) + len(lost) - 2 + int(won[0] != lost[0]) for won, lost in responses)
+    expected = sum(
+        len(won) + len(lost) - 2 + int(won[0] != lost[0]) for won, lost in batch.responses
+    )
     assert learning == expected
     assert learning < gradient.flatten(0, -2).shape[0]
 
@@ -117,11 +127,13 @@ def test_only_the_predictions_of_response_tokens_carry_a_gradient():
 def test_a_batch_of_other_lengths_does_not_change_a_pair():
     method = moved(made())
     with torch.no_grad():
-        method._know_reference(method.pairs, torch.arange(20))
-        alone = torch.cat(
-            [method._margins(method.pairs.batch(torch.tensor([i]))) for i in range(4)]
-        )
-        together = method._margins(method.pairs.batch(torch.tensor([0, 1, 2, 3, 19, 10])))
+        method.data.know_reference(method.policy, torch.arange(20))
+
+        def margins(*rows):
+            return compared(method.policy, method.data.batch(torch.tensor(rows))).delta
+
+        alone = torch.cat([margins(i) for i in range(4)])
+        together = margins(0, 1, 2, 3, 19, 10)
     torch.testing.assert_close(together[:4], alone, atol=1e-4, rtol=0)
 
 
@@ -145,7 +157,7 @@ def test_it_learns_twenty_pairs_by_heart(tmp_path):
     assert rows[-1]["rewards/accuracy"] == 1.0
     assert rows[-1]["rewards/margin"] > 0.5
     assert rows[-1]["loss"] < 0.5
-    assert run.method.pairs.reference.isfinite().all()
+    assert run.method.data.reference.isfinite().all()
     samples = read_rows(tmp_path / "run" / "samples.jsonl")
     assert {"prompt", "chosen", "rejected", "margin"} <= samples[0].keys()
     assert samples[-1]["margin"] > 0
@@ -192,7 +204,7 @@ def test_with_lora_the_reference_is_the_adapter_switched_off():
 def test_the_reference_stays_when_the_policy_moves():
     method = made({"batch_size": 20})
     before = method.collect(0).reference.clone()
-    method.pairs.reference.fill_(torch.nan)
+    method.data.reference.fill_(torch.nan)
     moved(method)
     torch.testing.assert_close(method.collect(0).reference, before, atol=0, rtol=0)
     frozen = [p for network in method.policy._frozen for p in network.parameters()]
@@ -205,8 +217,9 @@ def test_rows_from_python_have_no_test_split_of_another_task():
 
 def test_a_long_response_is_cut_and_keeps_its_first_tokens():
     method = made({"max_response_tokens": 4})
-    assert max(map(len, method.pairs.rejected)) == 4
-    assert method.policy.decode(method.pairs.rejected[0]) == ROWS[0]["rejected"][:4]
+    rejected = [responses[1] for responses in method.data.responses]
+    assert max(map(len, rejected)) == 4
+    assert method.policy.decode(rejected[0]) == ROWS[0]["rejected"][:4]
 
 
 @pytest.mark.parametrize(
@@ -260,5 +273,5 @@ def test_data_without_preferences_are_refused(tmp_path):
 def test_label_smoothing_pulls_confident_margins_back():
     plain, smooth = made(), made({"label_smoothing": 0.2})
     delta = torch.tensor([50.0, -50.0, 0.0])
-    difference = smooth.pair_loss(delta) - plain.pair_loss(delta)
+    difference = smooth.losses(with_margins(delta)) - plain.losses(with_margins(delta))
     torch.testing.assert_close(difference, 0.2 * 0.1 * delta)

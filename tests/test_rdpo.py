@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
+from language_runs import SMALL, assert_same_run, moved, with_margins, write_rows
 from postgrad.api import resume, train
 from postgrad.config import validated
 from postgrad.errors import PostgradError
@@ -31,7 +31,7 @@ def test_the_worked_example(flip_rate, loss, reverse):
     """The card's pair: beta 0.1 and Delta 1.3."""
     method = made(flip_rate=flip_rate)
     delta = torch.tensor([1.3, -1.3], dtype=torch.float64)
-    got = method.pair_loss(delta)
+    got = method.losses(with_margins(delta))
     assert float(got[0]) == pytest.approx(loss, abs=1e-6)
     if reverse is not None:
         assert float(got[1]) == pytest.approx(reverse, abs=1e-6)
@@ -80,7 +80,7 @@ def test_a_negative_loss_is_no_error(tmp_path):
 def test_the_cap_stops_the_push():
     method = made(flip_rate=0.4, beta=1.0, largest_margin=2.0)
     delta = torch.tensor([1.9, 2.1, -2.1], requires_grad=True)
-    method.pair_loss(delta).sum().backward()
+    method.losses(with_margins(delta)).sum().backward()
     assert delta.grad[0] < 0
     assert delta.grad[1:].tolist() == [0.0, 0.0]
 

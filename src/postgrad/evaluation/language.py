@@ -89,8 +89,6 @@ def _mean_reward(
     prompts = [_prompt(policy, examples, row) for row in rows]
     settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0)
     texts = generate(policy, prompts, settings, seeds=[0] * len(prompts)).texts
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     assert examples.verifier is not None
-    rewards = load_rewards(examples.verifier)
-    total, _ = rewards([row["prompt"] for row in rows], texts, columns)
+    total, _ = load_rewards(examples.verifier).of_rows(rows, texts)
     return {"reward": sum(total) / len(total)}

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -44,6 +45,10 @@ class Optimise(Protocol):
         `loss` is called on parts of the batch; their losses are added. Returns the metrics
         averaged over parts, weighted by their number of items.
         """
+        ...
+
+    def looking_ahead(self, module: str | None = None) -> AbstractContextManager[None]:
+        """Inside, steps are on trial: at the end weights and optimiser state are as before."""
         ...
 
 

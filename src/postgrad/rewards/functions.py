@@ -109,6 +109,18 @@ class RewardSet:
         ]
         return total, terms
 
+    def of_rows(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completions: list[str],
+        completion_ids: list[list[int]] | None = None,
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """The same for completions `[N]` of the prompts of N rows of data."""
+        columns = columns_of(rows)
+        if completion_ids is not None:
+            columns["completion_ids"] = completion_ids
+        return self([row["prompt"] for row in rows], completions, columns)
+
     def probe(self, row: Mapping[str, Any]) -> dict[str, float]:
         """Call every function on one example, twice in a batch, before any compute is spent.
 
@@ -135,6 +147,11 @@ class RewardSet:
                 samples=_samples(available, values),
             )
         return values
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What rows of data hold besides their prompts, by column."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
 
 def load_rewards(

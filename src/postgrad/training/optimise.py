@@ -1,7 +1,9 @@
 """One optimiser step: micro-batches, precision, clipping, schedule; stops on non-finite values."""
 
+import copy
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -108,6 +110,22 @@ class Optimisers:
             optimiser.step()
         self.tokens += batch.tokens
         return {"loss": total, **metrics, "gradient_norm": norm, "learning_rate": self._rate}
+
+    @contextmanager
+    def looking_ahead(self, module: str | None = None) -> Iterator[None]:
+        """Steps of `module` inside are taken back at the end: weights and optimiser state."""
+        name = module or self._first
+        optimiser, parameters = self._optimisers[name], self._parameters[name]
+        weights = [parameter.detach().clone() for parameter in parameters]
+        state = copy.deepcopy(optimiser.state_dict())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight in zip(parameters, weights, strict=True):
+                    parameter.copy_(weight)
+            optimiser.state.clear()  # a first step inside made state that there was none of before
+            optimiser.load_state_dict(state)
 
     def _clip(self, name: str, batch: Batch) -> float:
         limit = self._settings.clip_norm or math.inf

@@ -13,8 +13,10 @@ from postgrad.methods.data import DataSettings, find_data, find_held_out
 from postgrad.models.adapters import LoraSettings
 from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.sampling.epochs import Epochs
-from postgrad.sampling.generation import SamplingSettings
+from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
+from postgrad.seeding import derive
 from postgrad.tasks import Examples
+from postgrad.timing import timed
 
 
 class RolloutSettings(Settings):
@@ -135,6 +137,31 @@ def render_prompts(
             )
         prompts.append(ids)
     return prompts
+
+
+def draw_responses(
+    policy: LanguagePolicy,
+    prompts: list[Tensor],
+    rollout: RolloutSettings,
+    seed: int,
+    *stream: str | int,
+    samples: int | None = None,
+    temperature: float | None = None,
+) -> Rollouts:
+    """`samples` responses to every prompt, as `rollout` says where the arguments do not.
+
+    `stream` names the draws: responses under another name are independent.
+    """
+    samples = samples or rollout.samples
+    seeds = [
+        derive(seed, *stream, prompt, sample)
+        for prompt in range(len(prompts))
+        for sample in range(samples)
+    ]
+    with timed("rollout"), torch.no_grad():
+        return generate(
+            policy, prompts, rollout.sampling(temperature), samples=samples, seeds=seeds
+        )
 
 
 def pad(values: list[Tensor], length: int | None = None) -> Tensor:

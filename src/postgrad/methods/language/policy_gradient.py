@@ -15,6 +15,7 @@ from postgrad.methods.language.base import (
     Given,
     LanguageSettings,
     RolloutSettings,
+    draw_responses,
     find_materials,
     pad,
 )
@@ -25,8 +26,8 @@ from postgrad.objectives.policy_gradient import (
     importance_ratio,
     kl_estimate,
 )
-from postgrad.sampling.generation import Rollouts, generate
-from postgrad.seeding import derive, generator
+from postgrad.sampling.generation import Rollouts
+from postgrad.seeding import generator
 from postgrad.timing import timed
 
 TERM = "reward/"
@@ -93,19 +94,16 @@ class ClippedPolicyGradient(Method):
         samples: int | None = None,
         temperature: float | None = None,
     ) -> Rollouts:
-        """`samples` responses to every prompt, as `rollout` says where the arguments do not.
-
-        `stream` names the draws: responses under another name are independent.
-        """
-        samples = samples or self.config.rollout.samples
-        seeds = [
-            derive(self.place.seed, *stream, prompt, sample)
-            for prompt in range(len(prompts))
-            for sample in range(samples)
-        ]
-        sampling = self.config.rollout.sampling(temperature)
-        with timed("rollout"), torch.no_grad():
-            return generate(self.policy, prompts, sampling, samples=samples, seeds=seeds)
+        """Responses of the policy, with the run's seed (see `draw_responses`)."""
+        return draw_responses(
+            self.policy,
+            prompts,
+            self.config.rollout,
+            self.place.seed,
+            *stream,
+            samples=samples,
+            temperature=temperature,
+        )
 
     def batch_of(
         self,

@@ -1,8 +1,8 @@
-"""Pairwise preference methods: one blank, the loss of a margin of log-ratios."""
+"""Preference methods: one blank, the loss of the responses to a prompt."""
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,70 +13,104 @@ from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
 from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import Given, LanguageSettings, find_materials, render_prompts
+from postgrad.methods.language.comparisons import (
+    SCORING_TOKENS,
+    Compared,
+    accuracy,
+    compared,
+    comparison_batch,
+    comparison_metrics,
+    known_logprobs,
+    last,
+)
+from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.models.language import LanguagePolicy
-from postgrad.objectives.pairwise import margin, sequence_logprobs
 from postgrad.tasks import Examples
-from postgrad.timing import timed
-
-SCORING_TOKENS = 16384  # in one forward pass without gradients
 
 
-class PairwiseSettings(LanguageSettings):
-    """Settings of the pairwise preference methods."""
+class PreferenceSettings(LanguageSettings):
+    """Settings of the methods that learn from compared responses."""
 
-    data: DataSettings = setting(DataSettings(name="docstrings"), "preference pairs")
-    batch_size: int = setting(16, "pairs a step", gt=0)
+    data: DataSettings = setting(DataSettings(name="docstrings"), "preferences or rankings")
+    batch_size: int = setting(16, "pairs (or lists) a step", gt=0)
     beta: float = setting(0.1, "strength of the KL to the reference", gt=0, source="DPO paper")
     max_response_tokens: int = setting(256, "longer responses are cut", gt=0)
+    frontier: FrontierSettings = setting(
+        FrontierSettings(), "reward and KL of fresh samples, in every evaluation"
+    )
 
 
-class Pairs:
-    """Tokenised preference pairs, with the reference's log-probabilities once they are known."""
+class Comparisons:
+    """Tokenised responses to prompts, with the reference's log-probabilities once they are known.
 
-    def __init__(self, policy: LanguagePolicy, examples: Examples, config: PairwiseSettings):
+    Pairs are lists of two. `scores` come from the column `scores` of rankings (or are minus their
+    `ranks`), and from `score_chosen` and `score_rejected` of preferences.
+    """
+
+    def __init__(self, policy: LanguagePolicy, examples: Examples, config: PreferenceSettings):
         limit = config.max_response_tokens
         self.examples = examples
         self.prompts = render_prompts(policy, examples, config, reserve=limit)
-        self.chosen = [policy.encode_response(row["chosen"])[:limit] for row in examples.rows]
-        self.rejected = [policy.encode_response(row["rejected"])[:limit] for row in examples.rows]
-        for number, (won, lost) in enumerate(zip(self.chosen, self.rejected, strict=True)):
-            if won.equal(lost):
+        self.responses = [
+            [policy.encode_response(text)[:limit] for text in _texts(row)] for row in examples.rows
+        ]
+        for number, several in enumerate(self.responses):
+            if all(response.equal(several[0]) for response in several):
+                all_of_them = "chosen and rejected" if len(several) == 2 else "all responses"
                 raise PostgradError(
-                    f"{examples.where(number)}: chosen and rejected are the same after "
-                    f"tokenisation (max_response_tokens={limit})"
+                    f"{examples.where(number)}: {all_of_them} are the same after tokenisation "
+                    f"(max_response_tokens={limit})"
                 )
-        self.reference = torch.full((len(examples), 2), torch.nan)
+        width = max(map(len, self.responses))
+        self.scores = torch.full((len(examples), width), torch.nan)
+        for number, row in enumerate(examples.rows):
+            scores = _scores(row)
+            self.scores[number, : len(scores)] = torch.tensor(scores)
+        self.reference = torch.full((len(examples), width), torch.nan)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def batch(self, index: Tensor) -> Batch:
         rows = index.tolist()
-        prompts = [self.prompts[i] for i in rows]
-        chosen, rejected = [self.chosen[i] for i in rows], [self.rejected[i] for i in rows]
-        lengths = [
-            len(p) + len(w) + len(l) for p, w, l in zip(prompts, chosen, rejected, strict=True)
-        ]
-        return Batch(
+        responses = [self.responses[i] for i in rows]
+        width = max(map(len, responses))
+        return comparison_batch(
+            [self.prompts[i] for i in rows],
+            responses,
+            self.scores[index, :width],
+            reference=self.reference[index, :width],
             index=index,
-            prompts=prompts,
-            chosen=chosen,
-            rejected=rejected,
-            reference=self.reference[index],
-            cost=torch.tensor(lengths),
         )
 
+    def know_reference(self, policy: LanguagePolicy, index: Tensor) -> None:
+        """Score with the reference policy what it has not been asked about before."""
+        unknown = index[self.reference[index, 0].isnan()]
+        if len(unknown):
+            batch = self.batch(unknown)
+            with policy.reference():
+                known = known_logprobs(policy, batch)
+            self.reference[unknown, : known.shape[1]] = known
 
-def accuracy(delta: Tensor) -> float:
-    """The share of margins `[B]` above 0. One of exactly 0, as at the reference, counts half."""
-    return float((0.5 * (delta.sign() + 1)).mean())
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    return [row["chosen"], row["rejected"]] if "chosen" in row else row["responses"]
 
 
-class PairwisePreference(Method):
-    """Learns from pairs; a subclass fills `pair_loss`, a function of the margin.
+def _scores(row: dict[str, Any]) -> list[float]:
+    if "chosen" in row:
+        scores = (row.get("score_chosen"), row.get("score_rejected"))
+        return [float(score) for score in scores if score is not None] if None not in scores else []
+    if "ranks" in row and "scores" not in row:
+        return [-rank for rank in row["ranks"]]
+    return row.get("scores") or []
+
+
+class PreferenceMethod(Method):
+    """Learns from compared responses; a subclass fills `losses`.
 
     The reference is the frozen initial policy (with LoRA: the adapter switched off). Its
-    log-probabilities are computed when a pair is first seen and kept, also in checkpoints.
+    log-probabilities are computed when a prompt is first seen and kept, also in checkpoints.
     """
 
     recipe = {
@@ -86,101 +120,101 @@ class PairwisePreference(Method):
         "warmup_steps": 10,
         "steps": 100,
     }
-    config: PairwiseSettings
+    data_format: ClassVar[str] = "preferences"  # or rankings, for lists
+    needs_reference: ClassVar[bool] = True
+    config: PreferenceSettings
 
-    def __init__(self, config: PairwiseSettings, place: Place, **given: Unpack[Given]):
+    def __init__(self, config: PreferenceSettings, place: Place, **given: Unpack[Given]):
         super().__init__(config, place)
-        found = find_materials(config, place, "preferences", given)
+        found = find_materials(config, place, self.data_format, given)
         self.policy, self.order = found.policy, found.order
-        self.policy.freeze_reference()
-        self.pairs = Pairs(self.policy, found.data, config)
-        self.held_out = Pairs(self.policy, found.held_out, config) if found.held_out else None
+        self.data = Comparisons(self.policy, found.data, config)
+        self.held_out = Comparisons(self.policy, found.held_out, config) if found.held_out else None
+        self.frontier = Frontier.of(config, config.frontier, found, place)
+        if self.needs_reference or self.frontier:
+            self.policy.freeze_reference()
 
     @abstractmethod
-    def pair_loss(self, delta: Tensor) -> Tensor:
-        """The loss `[B]` of the margins Delta `[B]` (see `objectives.pairwise.margin`)."""
+    def losses(self, found: Compared) -> Tensor:
+        """The loss `[B]` of each prompt's responses."""
+
+    def implicit_rewards(self, found: Compared) -> Tensor:
+        """What the policy thinks of the responses, `[B, K]`: for metrics and accuracy."""
+        return self.config.beta * found.log_ratio
 
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
 
     def collect(self, step: int) -> Batch:
-        index = self.order.indices(step)
-        self._know_reference(self.pairs, index)
-        return self.pairs.batch(index)
+        return self._batch(self.data, self.order.indices(step))
 
-    def _know_reference(self, pairs: Pairs, index: Tensor) -> None:
-        unknown = index[pairs.reference[index].isnan().any(1)]
-        if len(unknown):
-            with timed("scoring"), torch.no_grad(), self.policy.reference():
-                for part in pairs.batch(unknown).split(SCORING_TOKENS):
-                    known = torch.stack(self._logprobs(part), dim=1)
-                    pairs.reference[part.index] = known.float().cpu()
+    def _batch(self, data: Comparisons, index: Tensor) -> Batch:
+        if self.needs_reference:
+            data.know_reference(self.policy, index)
+        return data.batch(index)
 
-    def _logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sequence log-probabilities `[B]` of the chosen and of the rejected responses."""
-        scores = self.policy.score(batch.prompts * 2, batch.chosen + batch.rejected)
-        won, lost = sequence_logprobs(scores.logprobs, scores.mask).chunk(2)
-        return won, lost
-
-    def _margins(self, batch: Batch) -> Tensor:
-        """Delta `[B]`, on the CPU."""
-        won, lost = self._logprobs(batch)
-        return margin(won.cpu(), lost.cpu(), *batch.reference.unbind(1))
+    def compared(self, batch: Batch) -> Compared:
+        """The batch under the policy and, where the method has one, the reference."""
+        if not self.needs_reference:
+            batch = batch.with_fields(reference=torch.zeros_like(batch.reference))
+        return compared(self.policy, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        won, lost = self._logprobs(batch)
-        reference_won, reference_lost = batch.reference.to(won.device).unbind(1)
-        delta = margin(won, lost, reference_won, reference_lost)
-        value = self.pair_loss(delta).sum() / batch.items
-        likely = torch.stack([won, lost]).detach()
-        rewards = self.config.beta * (likely - torch.stack([reference_won, reference_lost]))
-        return value, {
-            "rewards/chosen": float(rewards[0].mean()),
-            "rewards/rejected": float(rewards[1].mean()),
-            "rewards/margin": float((rewards[0] - rewards[1]).mean()),
-            "rewards/accuracy": accuracy(delta.detach()),
-            "logprobs/chosen": float(likely[0].mean()),
-            "logprobs/rejected": float(likely[1].mean()),
-        }
+        found = self.compared(batch)
+        value = self.losses(found).sum() / batch.items
+        return value, comparison_metrics(self.implicit_rewards(found), found)
 
     def evaluate(self) -> Metrics:
-        """Accuracy, margin and loss of the implicit reward on held-out pairs."""
-        if self.held_out is None:
-            return {}
-        pairs = self.held_out
-        self._know_reference(pairs, torch.arange(len(pairs)))
-        deltas = []
-        for part in pairs.batch(torch.arange(len(pairs))).split(SCORING_TOKENS):
-            deltas.append(self._margins(part))
-        delta = torch.cat(deltas).float()
-        return {
-            "accuracy": accuracy(delta),
-            "margin": float(self.config.beta * delta.mean()),
-            "loss": float(self.pair_loss(delta).mean()),
-        }
+        """Accuracy, margin and loss on held-out data; reward and KL if a reward is given."""
+        metrics: Metrics = {}
+        if self.held_out is not None:
+            batch = self._batch(self.held_out, torch.arange(len(self.held_out)))
+            totals: list[Tensor] = []
+            for part in batch.split(SCORING_TOKENS):
+                found = self.compared(part)
+                rewards = self.implicit_rewards(found).float().cpu()
+                right = accuracy(rewards, part.scores, part.present)
+                margin = (rewards[:, 0] - last(rewards, part.present)).mean()
+                loss = self.losses(found).float().mean()
+                totals.append(len(part) * torch.tensor([right, float(margin), float(loss)]))
+            means = (torch.stack(totals).sum(0) / len(batch)).tolist()
+            metrics = dict(zip(("accuracy", "margin", "loss"), means, strict=True))
+        if self.frontier is not None:
+            metrics |= self.frontier.measure(self.policy)
+        return metrics
+
+    def evaluation_samples(self) -> list[dict[str, Any]]:
+        return self.frontier.samples if self.frontier is not None else []
 
     def samples(self, batch: Batch) -> list[dict[str, Any]]:
         part = batch.select(torch.arange(min(len(batch), 4)))
         with torch.no_grad():
-            deltas = self._margins(part)
-        return [
-            {
-                "prompt": self.policy.decode(part.prompts[i]),
-                "chosen": self.policy.decode(part.chosen[i]),
-                "rejected": self.policy.decode(part.rejected[i]),
-                "margin": float(self.config.beta * deltas[i]),
-            }
-            for i in range(len(part))
-        ]
+            found = self.compared(part)
+            rewards = self.implicit_rewards(found).float().cpu()
+        margins = rewards[:, 0] - last(rewards, part.present)
+        rows = []
+        for i, responses in enumerate(part.responses):
+            names = ["chosen", "rejected"]
+            if self.data_format == "rankings":
+                names = [f"response {place}" for place in range(1, len(responses) + 1)]
+            texts = [self.policy.decode(response) for response in responses]
+            rows.append(
+                {
+                    "prompt": self.policy.decode(part.prompts[i]),
+                    **dict(zip(names, texts, strict=True)),
+                    "margin": float(margins[i]),
+                }
+            )
+        return rows
 
     def fingerprints(self) -> dict[str, str]:
-        return {"data": self.pairs.examples.fingerprint}
+        return {"data": self.data.examples.fingerprint}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.pairs.reference}
+        return {"reference": self.data.reference}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pairs.reference.copy_(state["reference"])
+        self.data.reference.copy_(state["reference"])
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder)

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from postgrad.config import setting
-from postgrad.methods.language.preference.base import PairwisePreference, PairwiseSettings
+from postgrad.methods.language.comparisons import Compared
+from postgrad.methods.language.preference.base import PreferenceMethod, PreferenceSettings
 from postgrad.objectives.pairwise import smoothed
 
 
-class DPOSettings(PairwiseSettings):
+class DPOSettings(PreferenceSettings):
     """DPO's settings."""
 
     label_smoothing: float = setting(
@@ -15,7 +16,7 @@ class DPOSettings(PairwiseSettings):
     )
 
 
-class DPO(PairwisePreference):
+class DPO(PreferenceMethod):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The optimum of KL-regularised reward maximisation is pi ∝ pi_ref exp(r/beta), so a reward is a
@@ -32,5 +33,5 @@ class DPO(PairwisePreference):
     Config = DPOSettings
     config: DPOSettings
 
-    def pair_loss(self, delta: Tensor) -> Tensor:
-        return smoothed(self.config.beta * delta, self.config.label_smoothing)
+    def losses(self, found: Compared) -> Tensor:
+        return smoothed(self.config.beta * found.delta, self.config.label_smoothing)

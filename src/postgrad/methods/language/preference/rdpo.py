@@ -5,11 +5,12 @@ from pydantic import field_validator
 from torch import Tensor
 
 from postgrad.config import setting
-from postgrad.methods.language.preference.base import PairwisePreference, PairwiseSettings
+from postgrad.methods.language.comparisons import Compared
+from postgrad.methods.language.preference.base import PreferenceMethod, PreferenceSettings
 from postgrad.objectives.pairwise import robust
 
 
-class RobustDPOSettings(PairwiseSettings):
+class RobustDPOSettings(PreferenceSettings):
     """rDPO's settings."""
 
     flip_rate: float = setting(
@@ -32,7 +33,7 @@ class RobustDPOSettings(PairwiseSettings):
         return value
 
 
-class RobustDPO(PairwisePreference):
+class RobustDPO(PreferenceMethod):
     """Provably Robust DPO (Ray Chowdhury, Kini, Natarajan 2024, arXiv:2403.00409).
 
     Labels that are flipped with a known probability eps < 1/2 bias DPO's loss. The classical
@@ -51,8 +52,8 @@ class RobustDPO(PairwisePreference):
     Config = RobustDPOSettings
     config: RobustDPOSettings
 
-    def pair_loss(self, delta: Tensor) -> Tensor:
-        h = self.config.beta * delta
+    def losses(self, found: Compared) -> Tensor:
+        h = self.config.beta * found.delta
         if self.config.largest_margin is not None:
             h = torch.clamp(h, -self.config.largest_margin, self.config.largest_margin)
         return robust(h, self.config.flip_rate)

@@ -117,10 +117,9 @@ class GRPO(ClippedPolicyGradient):
     def _reward(
         self, rows: list[dict[str, Any]], rollouts: Rollouts
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        columns["completion_ids"] = [response.tolist() for response in rollouts.responses]
+        ids = [response.tolist() for response in rollouts.responses]
         with timed("reward"):
-            total, terms = self.rewards([row["prompt"] for row in rows], rollouts.texts, columns)
+            total, terms = self.rewards.of_rows(rows, rollouts.texts, ids)
         return torch.tensor(total), {name: torch.tensor(term) for name, term in terms.items()}
 
     def describe_batch(self, batch: Batch) -> Metrics:

@@ -1,0 +1,120 @@
+"""Where a policy stands between reward and divergence: how preference methods are compared."""
+
+from typing import Any, Self
+
+import torch
+
+from postgrad.config import Settings, setting
+from postgrad.errors import PostgradError
+from postgrad.evaluation.statistics import mean_interval
+from postgrad.methods.base import Metrics, Place
+from postgrad.methods.language.base import LanguageSettings, Materials, render_prompts
+from postgrad.models.language import LanguagePolicy
+from postgrad.rewards import RewardSet, RewardSpec, load_rewards
+from postgrad.rewards.preferences import BradleyTerry, Preference
+from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
+from postgrad.seeding import derive
+from postgrad.tasks import Examples
+
+
+class FrontierSettings(Settings):
+    """Reward and KL of fresh samples on held-out prompts."""
+
+    reward: list[RewardSpec] | RewardSpec | None = setting(
+        None, "what fresh samples are worth; with it evaluations measure reward and KL"
+    )
+    samples: int = setting(1, "samples a held-out prompt", gt=0)
+    max_new_tokens: int = setting(64, "longest sample in tokens", gt=0)
+    temperature: float = setting(1.0, "sampling temperature", gt=0)
+
+
+class Frontier:
+    """Measures fresh samples of a policy on held-out prompts.
+
+    Their reward, their KL to the reference, and how often they are preferred to its own samples.
+
+    Every measurement draws with the same numbers, so that two policies differ by what they learnt.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        held_out: Examples,
+        rewards: RewardSet | None,
+        preference: Preference | None,
+        config: LanguageSettings,
+        settings: FrontierSettings,
+        seed: int,
+    ):
+        self.samples: list[dict[str, Any]] = []  # of the last measurement, for people to read
+        self._rewards = rewards
+        self._preference = preference
+        self._settings = settings
+        self._seed = seed
+        self._rows = [row for row in held_out.rows for _ in range(settings.samples)]
+        self._prompts = render_prompts(policy, held_out, config, reserve=settings.max_new_tokens)
+        self._opponents: list[str] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: LanguageSettings,
+        settings: FrontierSettings,
+        found: Materials,
+        place: Place,
+        preference: Preference | None = None,
+    ) -> Self | None:
+        """What the settings ask for; None without held-out prompts or anything to judge by.
+
+        The reward is the settings' own, or that behind `preference`.
+        """
+        rewards = preference.rewards if isinstance(preference, BradleyTerry) else None
+        if settings.reward is not None:
+            if found.held_out is None:
+                raise PostgradError("frontier.reward: there are no held-out prompts: set eval_data")
+            rewards = load_rewards(settings.reward)
+            rewards.probe(found.held_out.rows[0])
+        if found.held_out is None or (rewards is None and preference is None):
+            return None
+        return cls(found.policy, found.held_out, rewards, preference, config, settings, place.seed)
+
+    @torch.no_grad()
+    def measure(self, policy: LanguagePolicy) -> Metrics:
+        """Means over fresh samples.
+
+        `reward`; `kl`, the mean of log pi/pi_ref in nats a response; `length` in tokens; and
+        `win_rate` against samples of the reference, with its 95 % interval.
+        """
+        drawn = self._drawn(policy, "policy")
+        now = policy.score(drawn.prompts, drawn.responses).logprobs.sum(1)
+        with policy.reference():
+            before = policy.score(drawn.prompts, drawn.responses).logprobs.sum(1)
+        lengths = [len(response) for response in drawn.responses]
+        metrics = {"kl": float((now - before).mean()), "length": sum(lengths) / len(lengths)}
+        judged: dict[str, list[float]] = {}
+        if self._rewards is not None:
+            judged["reward"], _ = self._rewards.of_rows(self._rows, drawn.texts)
+        if self._preference is not None:
+            if self._opponents is None:
+                with policy.reference():
+                    self._opponents = self._drawn(policy, "reference").texts
+            judged["win_rate"] = self._preference(self._rows, drawn.texts, self._opponents)
+            if len(self._rows) > 1:
+                interval = mean_interval(judged["win_rate"])
+                metrics |= {"win_rate/low": interval.low, "win_rate/high": interval.high}
+        self.samples = [
+            {
+                "prompt": policy.decode(drawn.prompts[i]),
+                "response": drawn.texts[i],
+                **{name: values[i] for name, values in judged.items()},
+            }
+            for i in range(min(8, len(drawn.texts)))
+        ]
+        means = {name: sum(values) / len(values) for name, values in judged.items()}
+        return {**means, **metrics}
+
+    def _drawn(self, policy: LanguagePolicy, who: str) -> Rollouts:
+        settings = self._settings
+        sampling = SamplingSettings(settings.max_new_tokens, settings.temperature)
+        seeds = [derive(self._seed, "frontier", who, i) for i in range(len(self._rows))]
+        return generate(policy, self._prompts, sampling, samples=settings.samples, seeds=seeds)

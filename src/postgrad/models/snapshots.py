@@ -1,0 +1,83 @@
+"""A policy's trainable weights at one moment: previous iterates, moving averages, soups."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+
+class Snapshot:
+    """The trainable weights of a module, kept apart; the module can act by them for a while.
+
+    With adapters only the adapters are kept, so a snapshot costs next to nothing.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self.weights: Weights = {
+            name: parameter.detach().clone() for name, parameter in _trainable(module)
+        }
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Inside, the module computes with these weights, without gradients."""
+        parameters = list(_trainable(self._module))
+        own = [parameter.data for _, parameter in parameters]
+        for name, parameter in parameters:
+            parameter.data = self.weights[name]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for (_, parameter), data in zip(parameters, own, strict=True):
+                parameter.data = data
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the module these weights."""
+        for name, parameter in _trainable(self._module):
+            parameter.copy_(self.weights[name])
+
+    @torch.no_grad()
+    def follow(self, rate: float = 1.0) -> None:
+        """Move by `rate` of the way to the module's present weights (1: be them)."""
+        for name, parameter in _trainable(self._module):
+            self.weights[name].lerp_(parameter, rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.weights)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, weight in self.weights.items():
+            weight.copy_(state[name])
+
+
+def soup(ingredients: Sequence[Weights], shares: Sequence[float]) -> Weights:
+    """The weighted sum of weights of one architecture, in float32.
+
+    Shares are not normalised: 1 + alpha and -alpha extrapolate from the second through the first.
+    """
+    first = ingredients[0]
+    for other in ingredients[1:]:
+        if other.keys() != first.keys() or any(other[n].shape != first[n].shape for n in first):
+            raise ValueError("weights of different architectures cannot be added")
+    if len(shares) != len(ingredients):
+        raise ValueError(f"{len(ingredients)} weights need as many shares, got {len(shares)}")
+    return {
+        name: sum(
+            (
+                share * weights[name].float()
+                for share, weights in zip(shares, ingredients, strict=True)
+            ),
+            torch.zeros_like(value, dtype=torch.float32),
+        ).to(value.dtype)
+        for name, value in first.items()
+    }
+
+
+def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
