@@ -188,3 +188,22 @@ def test_mistakes_are_named():
         policy.embed([prompt], [response], skip=9)
     with pytest.raises(ValueError, match="skips"):
         policy.embed([prompt], [response], skip=[0, 0])
+
+
+def test_with_several_threads_the_gradient_is_the_same_every_time():
+    """The first tokens of all responses come from one state, whose gradient is a sum of many."""
+    policy = load_policy("tiny")
+    prompts = [torch.arange(5, 9)] * 512
+    responses = [torch.tensor([10 + i % 80, 3, 4]) for i in range(512)]
+    weight = policy.network.get_input_embeddings().weight
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        gradients = []
+        for _ in range(10):
+            policy.zero_grad()
+            policy.score(prompts, responses).logprobs.sum().backward()
+            gradients.append(weight.grad.clone())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)

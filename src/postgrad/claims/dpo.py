@@ -8,6 +8,7 @@ from torch import Tensor
 from postgrad.claims.base import Claim, Outcome
 from postgrad.claims.opinions import (
     METRIC,
+    TOKENS,
     best_of_four,
     preferences,
     reference_policy,
@@ -36,9 +37,9 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         }
     outcome = trained(
         slug,
-        settings,
+        {"max_response_tokens": TOKENS, **settings},
         policy,
-        rows,
+        {"data": rows},
         seed,
         steps=10 if quick else STEPS,
         samples=30 if quick else 600,

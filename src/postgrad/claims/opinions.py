@@ -44,6 +44,28 @@ def gold(text: str) -> float:
     return float(sum((w in APPROVING) - (w in DISAPPROVING) for w in words))
 
 
+def tone(text: str) -> int:
+    """0, 1 or 2: most words approve, disapprove or are neutral; the first of equals."""
+    words = re.findall("[a-z]+", text)
+    counts = [sum(w in tone for w in words) for tone in (APPROVING, DISAPPROVING, NEUTRAL)]
+    return counts.index(max(counts))
+
+
+def gold_preference(first: list[str], second: list[str]) -> list[float]:
+    """P(first over second) = sigma(gold(first) - gold(second))."""
+    gaps = [gold(one) - gold(other) for one, other in zip(first, second, strict=True)]
+    return torch.sigmoid(torch.tensor(gaps)).tolist()
+
+
+def cyclic_preference(first: list[str], second: list[str]) -> list[float]:
+    """No reward has these: approving beats disapproving, that neutral, and that approving, at 0.9.
+
+    The von Neumann winner mixes the three tones evenly.
+    """
+    ahead = [(tone(other) - tone(one)) % 3 for one, other in zip(first, second, strict=True)]
+    return [(0.5, 0.9, 0.1)[steps] for steps in ahead]
+
+
 def subjects() -> dict[str, list[str]]:
     """The prompts, `the soup was` and 199 more, to train on, to choose by and to report on."""
     every = [f"{owner} {thing} was" for owner in OWNERS for thing in THINGS]
@@ -151,7 +173,7 @@ def trained(
     slug: str,
     settings: dict[str, Any],
     policy: LanguagePolicy,
-    rows: list[dict[str, Any]],
+    objects: dict[str, Any],
     seed: int,
     *,
     steps: int,
@@ -159,6 +181,8 @@ def trained(
     samples: int = 600,
 ) -> Outcome:
     """Train and follow reward and KL; values are the rewards within a budget of KL.
+
+    `objects` are what the method takes from Python besides the model: `data`, perhaps `preference`.
 
     Of the steps whose KL on validation subjects is within a budget, the one with the best reward
     there counts (perhaps the start); its reward on test subjects is the value.
@@ -168,13 +192,9 @@ def trained(
     training = train_in_steps(
         slug,
         seed,
-        {"model": policy, "data": rows},
+        {"model": policy, **objects},
         steps=steps,
-        batch_size=32,
-        max_response_tokens=TOKENS,
-        warmup_steps=10,
-        schedule="constant",
-        **settings,
+        **{"batch_size": 32, "warmup_steps": 10, "schedule": "constant", **settings},
     )
     for step, _ in training:
         if step % every == 0:

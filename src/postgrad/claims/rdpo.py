@@ -7,7 +7,7 @@ from torch import Tensor
 
 from postgrad.claims.base import Claim, Outcome
 from postgrad.claims.log_linear_bandit import BETA, Bandit
-from postgrad.claims.opinions import preferences, reference_policy, trained
+from postgrad.claims.opinions import TOKENS, preferences, reference_policy, trained
 from postgrad.objectives.pairwise import ipo, logistic, robust, smoothed
 
 PAIRS, FLIP_RATE = 4000, 0.3
@@ -41,9 +41,9 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     slug, settings = METHODS[arm]
     found = trained(
         slug,
-        {"learning_rate": LEARNING_RATE, **settings},
+        {"max_response_tokens": TOKENS, "learning_rate": LEARNING_RATE, **settings},
         policy,
-        preferences(policy, seed, FLIP_RATE),
+        {"data": preferences(policy, seed, FLIP_RATE)},
         seed,
         steps=10 if quick else STEPS,
         samples=30 if quick else 600,

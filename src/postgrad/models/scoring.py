@@ -65,7 +65,8 @@ def score_shared(
     layer = output_layer(network)
     assert layer is not None
     logprobs, entropies = project_logprobs(
-        hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)],
+        # not by [...]: its backward adds in an order that differs from run to run
+        hidden.index_select(0, torch.tensor(rows, dtype=torch.long, device=hidden.device)),
         layer.weight,
         torch.cat(list(responses)),
         bias=layer.bias,

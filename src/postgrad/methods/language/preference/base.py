@@ -27,6 +27,8 @@ from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.models.language import LanguagePolicy
 from postgrad.tasks import Examples
 
+_PAIR_SCORES = ("score_chosen", "score_rejected")  # as UltraFeedback's binarised form calls them
+
 
 class PreferenceSettings(LanguageSettings):
     """Settings of the methods that learn from compared responses."""
@@ -99,8 +101,8 @@ def _texts(row: dict[str, Any]) -> list[str]:
 
 def _scores(row: dict[str, Any]) -> list[float]:
     if "chosen" in row:
-        scores = (row.get("score_chosen"), row.get("score_rejected"))
-        return [float(score) for score in scores if score is not None] if None not in scores else []
+        scores = [row[name] for name in _PAIR_SCORES if row.get(name) is not None]
+        return [float(score) for score in scores] if len(scores) == len(_PAIR_SCORES) else []
     if "ranks" in row and "scores" not in row:
         return [-rank for rank in row["ranks"]]
     return row.get("scores") or []
