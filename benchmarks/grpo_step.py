@@ -1,7 +1,8 @@
 """A whole step of GRPO (generation, reward, update), against TRL, each with its own defaults.
 
-4 written prompts with 8 completions each of at most 64 new tokens; the reward counts the letter e.
-How long completions get is up to the draws; the tokens of every turn are kept with its seconds.
+4 questions as chats with 8 completions each of at most 64 new tokens, which nearly all answers
+fill; the reward counts the letter e. How many tokens there are is up to the draws: those of every
+turn are kept with its seconds.
 """
 
 from typing import Any
@@ -24,18 +25,20 @@ from benchmarks.turns import Turns
 REACH = 6.0
 
 
-def questions(count: int) -> list[dict[str, str]]:
-    return [
-        {
-            "prompt": f"A farmer keeps {i + 3} hens and {2 * i + 5} geese. Every hen lays 4 eggs "
-            "a week and every goose 2. How many eggs are there after a week? Answer step by step."
-        }
+def questions(count: int) -> list[dict[str, Any]]:
+    texts = [
+        f"A farmer keeps {i + 3} hens and {2 * i + 5} geese. Every hen lays 4 eggs a week and "
+        "every goose 2. How many eggs are there after a week? Answer step by step."
         for i in range(count)
     ]
+    # as plain text an instruction model would mostly end at once, and learn not to
+    return [{"prompt": [{"role": "user", "content": text}]} for text in texts]
 
 
-def letters(completions: list[str], **columns: Any) -> list[float]:
-    return [float(completion.count("e")) for completion in completions]
+def letters(completions: list[Any], **columns: Any) -> list[float]:
+    """How often each answer has the letter e. TRL passes answers as messages, postgrad as text."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(text.count("e")) for text in texts]
 
 
 def ours(turns: Turns, *, model: str) -> None:

@@ -66,6 +66,7 @@ def save_small_model(folder: str | Path) -> None:
     from postgrad.models.embedded import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
     small_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
