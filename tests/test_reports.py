@@ -479,6 +479,30 @@ def test_a_comparison_shows_what_methods_ended_with_and_shared_curves(tmp_path: 
     assert drawn == ["accuracy", "accuracy", "loss", "time / step"]
 
 
+def test_reward_is_drawn_over_the_divergence_it_costs(tmp_path: Path) -> None:
+    def rows(gain: float) -> list[dict[str, float]]:
+        return [
+            {"step": step, "evaluation/reward": gain * step, "evaluation/kl": 0.5 * step}
+            for step in range(3)
+        ] + [{"step": 3, "evaluation/reward": float("nan"), "evaluation/kl": 9.0}]
+
+    runs = [
+        {"method": method, "seed": seed, "metrics": rows(gain)}
+        for method, gain in (("dpo", 1.0), ("ipo", 2.0))
+        for seed in (0, 1)
+    ]
+    _, page = read(write_compare_report(runs, tmp_path / "r.html", title="t", config={}))
+    drawn = {a["aria-label"]: a for a in page.all("svg")}
+    assert "win rate over KL to the reference" not in drawn
+    hover = json.loads(drawn["reward over KL to the reference"]["data-hover"])
+    assert hover["label"] == "KL in nats"
+    paths = [(line["name"], [point[2:] for point in line["at"]]) for line in hover["series"]]
+    assert paths[::2] == [
+        ("dpo", [["0", "0"], ["0.500000", "1"], ["1", "2"]]),
+        ("ipo", [["0", "0"], ["0.500000", "2"], ["1", "4"]]),
+    ]
+
+
 def test_a_comparison_without_samples_evaluations_or_runs(tmp_path: Path) -> None:
     runs = [{"method": "dpo", "seed": 0, "metrics": [{"step": 1, "loss": 1.0}]}]
     _, page = read(write_compare_report(runs, tmp_path / "one.html", title="t", config={}))

@@ -1,13 +1,18 @@
 """The page of a comparison: several methods on the same axes, and what each ended with."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from postgrad.reports.curves import Point, points_by_name
-from postgrad.reports.figures import whisker_chart
+from postgrad.reports.figures import Series, line_chart, whisker_chart
 from postgrad.reports.intervals import BAND_NOTE, banded_chart, interval_table, whisker
 from postgrad.reports.page import duration, paper_facts, render_page, write_page
+
+_DIVERGENCE = "kl"  # the metric's name in evaluations
 
 
 def write_compare_report(
@@ -123,4 +128,35 @@ def _groups(
         }
         shown = name.removeprefix("evaluation/").replace("_", " ").replace("/", " / ")
         figures[group or "Training"].append(banded_chart(shown, arms, colours, x_label="step"))
+    figures["Evaluation"] = [*_frontiers(curves, colours), *figures["Evaluation"]]
     return [{"name": name, "figures": made} for name, made in figures.items() if made]
+
+
+def _frontiers(
+    curves: Mapping[str, Sequence[Mapping[str, list[Point]]]], colours: Mapping[str, int]
+) -> list[Markup]:
+    """What is gained over the divergence from the reference that it costs, seed by seed."""
+    made = []
+    for gain in ("reward", "win_rate"):
+        names = f"evaluation/{gain}", f"evaluation/{_DIVERGENCE}"
+        series = [
+            Series(method, _against(*(seed[name] for name in names)), colours[method])
+            for method, seeds in curves.items()
+            for seed in seeds
+            if all(name in seed for name in names)
+        ]
+        if series:
+            title = f"{gain.replace('_', ' ')} over KL to the reference"
+            made.append(
+                line_chart(
+                    title, series, x_label="KL in nats", note="A path a seed, from step to step."
+                )
+            )
+    return made
+
+
+def _against(gains: Sequence[Point], costs: Sequence[Point]) -> list[Point]:
+    """Points (cost, gain) of the steps at which both were measured, as far as they are finite."""
+    at = dict(costs)
+    points = [(at[step], gain) for step, gain in gains if step in at]
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
