@@ -52,7 +52,7 @@ def test_without_onednn_products_are_pytorchs(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_is_the_layer(dtype, bias):
     layer = nn.Linear(24, 40, bias=bias)
-    packed = PackedLinear(layer.weight, layer.bias, dtype)
+    packed = PackedLinear([layer.weight], [layer.bias] if bias else None, dtype)
     for rows in (1, 5, 33):
         states = torch.randn(2, rows, 24)
         with torch.no_grad():
@@ -60,6 +60,17 @@ def test_a_packed_layer_is_the_layer(dtype, bias):
             assert packed(states).dtype == dtype
         rough = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(packed(states), expected, rtol=rough, atol=rough)
+
+
+@onednn
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_packed_layers_give_their_outputs_side_by_side(bias):
+    layers = [nn.Linear(24, width, bias=bias) for width in (40, 16, 8)]
+    biases = [layer.bias for layer in layers] if bias else None
+    packed = PackedLinear([layer.weight for layer in layers], biases, torch.float32)
+    states = torch.randn(3, 5, 24)
+    expected = torch.cat([layer(states) for layer in layers], -1)
+    torch.testing.assert_close(packed(states), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_is_the_same_with_and_without_packing(monkeypatch):

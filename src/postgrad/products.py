@@ -9,6 +9,7 @@ products are PyTorch's usual ones.
 """
 
 import platform
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -55,26 +56,32 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer to decode with: its matrix is rounded and packed as it is now.
+    """A linear layer to decode with, or several of one input: rounded and packed as they are now.
 
-    It makes no gradients, and does not follow later changes of the layer.
+    The outputs of several lie side by side. It makes no gradients, and does not follow later
+    changes of the layers.
     """
 
-    def __init__(self, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        """The matrix is `[out, in]`."""
+    def __init__(
+        self, matrices: Sequence[Tensor], biases: Sequence[Tensor] | None, dtype: torch.dtype
+    ):
+        """The matrices are `[out, in]`, the biases `[out]`."""
         super().__init__()
         functions = _onednn()
         assert functions is not None
         self._multiply, pack = functions
-        self.weight, self.bias = matrix, bias
+        self.weight = matrices[0]
+        self.bias = None if biases is None else biases[0]
+        self._width = sum(map(len, matrices))
         self._dtype = dtype
-        self._rounded_bias = None if bias is None else bias.detach().to(dtype)
-        self._packed = pack(matrix.detach().to(dtype).contiguous(), _PACKED_FOR)
+        self._rounded_bias = None if biases is None else torch.cat([*biases]).detach().to(dtype)
+        rounded = torch.cat([matrix.detach().to(dtype) for matrix in matrices])
+        self._packed = pack(rounded, _PACKED_FOR)
 
     def forward(self, states: Tensor) -> Tensor:
         rows = states.reshape(-1, states.shape[-1]).to(self._dtype)
         product: Tensor = self._multiply(rows, self._packed, self._rounded_bias, "none", [], "")
-        return product.view(*states.shape[:-1], len(self.weight))
+        return product.view(*states.shape[:-1], self._width)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

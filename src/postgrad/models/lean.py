@@ -25,19 +25,21 @@ def make_lean(network: nn.Module) -> None:
     """Replace what can be: linear layers, root mean square norms, MLPs gated by SiLU."""
     part: Any
     for part in network.modules():
-        if _is_norm(part) and _agree(part, _norm, len(part.weight)):
+        if is_norm(part) and _agree(part, _norm, len(part.weight)):
             part.forward = MethodType(_norm, part)
-        elif _is_linear(part):
+        elif is_linear(part):
             part.forward = MethodType(_linear, part)
-        elif _is_gated_mlp(part) and _agree(part, _gated_mlp, part.gate_proj.in_features):
+        elif is_gated_mlp(part) and _agree(part, _gated_mlp, part.gate_proj.in_features):
             part.forward = MethodType(_gated_mlp, part)
 
 
-def _is_linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
+    """Whether it is a linear layer and nothing more."""
     return type(module) is nn.Linear
 
 
-def _is_norm(module: Any) -> bool:
+def is_norm(module: Any) -> bool:
+    """Whether it looks like a root mean square norm."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.endswith("RMSNorm")
@@ -47,12 +49,13 @@ def _is_norm(module: Any) -> bool:
     )
 
 
-def _is_gated_mlp(module: Any) -> bool:
+def is_gated_mlp(module: Any) -> bool:
+    """Whether it looks like an MLP gated by an activation, without biases."""
     layers: list[Any] = [
         getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")
     ]
     return hasattr(module, "act_fn") and all(
-        _is_linear(layer) and layer.bias is None for layer in layers
+        is_linear(layer) and layer.bias is None for layer in layers
     )
 
 

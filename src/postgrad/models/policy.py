@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from postgrad.errors import PostgradError
+from postgrad.models.lean_decoding import lean_layers
 from postgrad.models.network import base_of, is_adapted, linear_layers
 from postgrad.models.probing import enable_sharing
 from postgrad.models.scoring import (
@@ -309,9 +310,16 @@ def _sharing_copy(network: nn.Module) -> nn.Module:
 def _packed_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy whose linear layers are packed in `dtype`, sharing all other tensors."""
     copied = _sharing_copy(network)
+    lean = list(lean_layers(copied, dtype))
+    for _, layer, forward in lean:
+        layer.forward = forward
+    inside = tuple(f"{name}." for name, _, _ in lean)
     for name, layer in list(linear_layers(copied)):
+        if name.startswith(inside):
+            continue
         matrix = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
-        copied.set_submodule(name, PackedLinear(matrix, layer.bias, dtype))
+        biases = None if layer.bias is None else [layer.bias]
+        copied.set_submodule(name, PackedLinear([matrix], biases, dtype))
     return copied
 
 
