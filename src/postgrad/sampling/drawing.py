@@ -69,14 +69,14 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> tuple[
         tokens = logits.argmax(-1)
         return tokens, _chosen(logits, tokens) - logits.logsumexp(-1)
     logits = restrict(logits, settings)
-    normaliser = logits.logsumexp(-1)
-    cumulative = (logits - normaliser[:, None]).exp_().cumsum_(-1)
+    peak = logits.amax(-1)
+    cumulative = (logits - peak[:, None]).exp_().cumsum_(-1)  # torch sums in float64
     total = cumulative[:, -1]
     # strictly below the total, so that the token found always has a probability above 0
     below = torch.nextafter(total, torch.zeros_like(total))
     threshold = torch.minimum((uniforms * total).to(total.dtype), below)
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
-    return tokens, _chosen(logits, tokens) - normaliser
+    return tokens, _chosen(logits, tokens) - peak - total.log()
 
 
 def _chosen(logits: Tensor, tokens: Tensor) -> Tensor:
