@@ -47,6 +47,11 @@ class Compared:
         return self.logprobs / self.lengths.clamp(min=1)
 
     @property
+    def has_order(self) -> Tensor:
+        """`[B]` bool: whether any response of a list is better than another."""
+        return better(self.scores, self.present).any(-1).any(-1)
+
+    @property
     def delta(self) -> Tensor:
         """Of pairs: the margin Delta `[B]` of log-ratios (see `objectives.pairwise.margin`)."""
         return margin(
@@ -140,16 +145,22 @@ def last(values: Tensor, present: Tensor) -> Tensor:
     return values.gather(1, present.sum(1, keepdim=True) - 1).squeeze(1)
 
 
+def better(scores: Tensor, present: Tensor) -> Tensor:
+    """`[B, K, K]` bool: response i is better than j.
+
+    Lists are ordered by place, best first, unless scores are equal.
+    """
+    there = present.unsqueeze(-1) & present.unsqueeze(-2)
+    return (there & (scores.unsqueeze(-1) != scores.unsqueeze(-2))).triu(1)
+
+
 def accuracy(rewards: Tensor, scores: Tensor, present: Tensor) -> float:
     """The share of ordered pairs that `rewards` `[B, K]` order as the data do.
 
-    A pair of a list is ordered by place, best first, unless its scores are equal. Equal rewards,
-    as at the reference, count half. Without any ordered pair the result is 1/2.
+    Equal rewards, as at the reference, count half. Without any ordered pair the result is 1/2.
     """
-    width = rewards.shape[1]
-    before, after = torch.triu_indices(width, width, offset=1, device=rewards.device)
-    counts = present[:, before] & present[:, after] & (scores[:, before] != scores[:, after])
-    verdicts = 0.5 * ((rewards[:, before] - rewards[:, after]).sign() + 1)
+    counts = better(scores, present)
+    verdicts = 0.5 * ((rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).sign() + 1)
     return float(verdicts[counts].mean()) if bool(counts.any()) else 0.5
 
 

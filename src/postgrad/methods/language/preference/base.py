@@ -17,6 +17,7 @@ from postgrad.methods.language.comparisons import (
     SCORING_TOKENS,
     Compared,
     accuracy,
+    better,
     compared,
     comparison_batch,
     comparison_metrics,
@@ -46,7 +47,8 @@ class Comparisons:
     """Tokenised responses to prompts, with the reference's log-probabilities once they are known.
 
     Pairs are lists of two. `scores` come from the column `scores` of rankings (or are minus their
-    `ranks`), and from `score_chosen` and `score_rejected` of preferences.
+    `ranks`), and from `score_chosen` and `score_rejected` of preferences. `graded` says whether
+    there are any that tell more than an order, as ranks do not.
     """
 
     def __init__(self, policy: LanguagePolicy, examples: Examples, config: PreferenceSettings):
@@ -68,6 +70,8 @@ class Comparisons:
         for number, row in enumerate(examples.rows):
             scores = _scores(row)
             self.scores[number, : len(scores)] = torch.tensor(scores)
+        ranked = "ranks" in examples.columns and "scores" not in examples.columns
+        self.graded = not ranked and not bool(self.scores.isnan().all())
         self.reference = torch.full((len(examples), width), torch.nan)
 
     def __len__(self) -> int:
@@ -100,12 +104,16 @@ def _texts(row: dict[str, Any]) -> list[str]:
 
 
 def _scores(row: dict[str, Any]) -> list[float]:
+    pair = [float(row[name]) for name in _PAIR_SCORES if row.get(name) is not None]
+    pair = pair if len(pair) == len(_PAIR_SCORES) else []
     if "chosen" in row:
-        scores = [row[name] for name in _PAIR_SCORES if row.get(name) is not None]
-        return [float(score) for score in scores] if len(scores) == len(_PAIR_SCORES) else []
-    if "ranks" in row and "scores" not in row:
+        return pair
+    if "scores" in row:
+        return [float(score) for score in row["scores"]]
+    if "ranks" in row:
         return [-rank for rank in row["ranks"]]
-    return row.get("scores") or []
+    # a pair read as a ranking: scores that contradict its order say nothing
+    return pair if pair and pair[0] > pair[1] else []
 
 
 class PreferenceMethod(Method):
@@ -144,11 +152,30 @@ class PreferenceMethod(Method):
         """What the policy thinks of the responses, `[B, K]`: for metrics and accuracy."""
         return self.config.beta * found.log_ratio
 
+    def check(self) -> None:
+        if self.data_format == "rankings":
+            everything = self.data.batch(torch.arange(len(self.data)))
+            if self.describe_batch(everything)["list/without_order"] == len(everything):
+                raise PostgradError(
+                    f"{self.data.examples.name}: the scores within every list are equal, so there "
+                    "is no order to learn from"
+                )
+
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
 
     def collect(self, step: int) -> Batch:
         return self._batch(self.data, self.order.indices(step))
+
+    def describe_batch(self, batch: Batch) -> Metrics:
+        """Of lists: how long they are on average, and how many have no order to learn from."""
+        if self.data_format != "rankings":
+            return {}
+        ordered = better(batch.scores, batch.present).any(-1).any(-1)
+        return {
+            "list/responses": float(batch.present.sum(1).float().mean()),
+            "list/without_order": float((~ordered).sum()),
+        }
 
     def _batch(self, data: Comparisons, index: Tensor) -> Batch:
         if self.needs_reference:
