@@ -1,0 +1,185 @@
+"""The claim of SFT by f-divergences: staying near the reference makes a better start for DPO."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgrad.claims.base import Claim, Outcome
+from postgrad.claims.opinions import (
+    TOKENS,
+    gold,
+    measure,
+    preferences,
+    reference_policy,
+    sample,
+    subjects,
+    trained,
+)
+from postgrad.claims.stepping import train_in_steps
+from postgrad.models.language import LanguagePolicy
+from postgrad.objectives.supervised import Divergence, f_divergence, f_divergence_sft
+from postgrad.sampling.generation import Rollouts
+from postgrad.seeding import generator
+
+METRIC = "reward after DPO"
+STEPS = 100  # of each stage
+RATE = 1e-3  # the usual learning rate of the first stage
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SFT": ("sft", {"learning_rate": RATE}),
+    "SFT, rate/4": ("sft", {"learning_rate": RATE / 4}),
+    "SFT, rate/10": ("sft", {"learning_rate": RATE / 10}),
+    "Pearson": (
+        "implicit-reward-sft",
+        {"learning_rate": RATE, "divergence": "pearson", "beta": 0.1},
+    ),
+    "Hellinger": (
+        "implicit-reward-sft",
+        {"learning_rate": RATE, "divergence": "hellinger", "beta": 0.1},
+    ),
+}
+DIVERGENCES: dict[str, Divergence] = {
+    "SFT": "tv",
+    "Pearson": "pearson",
+    "Hellinger": "hellinger",
+}
+
+
+def run(arm: str, seed: int, quick: bool) -> Outcome:
+    steps, samples = (10, 30) if quick else (STEPS, 600)
+    policy = reference_policy(seed, *([5] if quick else []))
+    policy.freeze_reference()
+    pairs = preferences(policy, seed)
+    kept = sample(policy, subjects()["test"], samples // 30, "kept", seed)
+    slug, settings = ARMS[arm]
+    objects = {"model": policy, "data": demonstrations(policy, seed)}
+    settings = {"batch_size": 32, "schedule": "constant", "max_response_tokens": TOKENS, **settings}
+    for _ in train_in_steps(slug, seed, objects, steps=steps, **settings):
+        pass
+    after = measure(policy, "test", samples // 30, seed, "after SFT")
+    values = {
+        "reward after SFT": after.reward,
+        "KL to the reference after SFT": after.divergence,
+        "KL of the reference after SFT": forgotten(policy, kept),
+        "accuracy of the implicit reward": implicit_accuracy(policy, pairs),
+    }
+    tuned = trained(
+        "dpo",
+        {"max_response_tokens": TOKENS, "learning_rate": 1e-4},
+        policy,
+        {"data": pairs},
+        seed,
+        steps=steps,
+        every=steps // 2,
+        samples=samples,
+    )
+    values = {METRIC: tuned.values["reward at the end"], **values}
+    values["KL of DPO to its start"] = tuned.values["KL at the end"]
+    if arm in DIVERGENCES:
+        values |= in_a_table(DIVERGENCES[arm], seed)
+    return Outcome(values, {"reward in DPO": tuned.curves["reward"]})
+
+
+def demonstrations(policy: LanguagePolicy, seed: int) -> list[dict[str, str]]:
+    """On every training subject the best of four opinions of the reference, by gold reward."""
+    prompts = subjects()["training"]
+    texts = sample(policy, prompts, 4, "demonstrations", seed).texts
+    best = (max(texts[4 * i : 4 * i + 4], key=gold) for i in range(len(prompts)))
+    return [
+        {"prompt": prompt, "completion": text}
+        for prompt, text in zip(prompts, best, strict=True)
+        if text.strip()
+    ]
+
+
+@torch.no_grad()
+def forgotten(policy: LanguagePolicy, kept: Rollouts) -> float:
+    """KL(pi_ref || pi) from opinions of the reference, in nats: what was forgotten."""
+    now = policy.score(kept.prompts, kept.responses).logprobs.sum(1)
+    with policy.reference():
+        before = policy.score(kept.prompts, kept.responses).logprobs.sum(1)
+    return float((before - now).mean())
+
+
+@torch.no_grad()
+def implicit_accuracy(policy: LanguagePolicy, pairs: list[dict[str, str]]) -> float:
+    """How often log pi/pi_ref orders two opinions of different gold reward as that does."""
+    unlike = [row for row in pairs if gold(row["chosen"]) != gold(row["rejected"])]
+    prompts = [policy.render(row["prompt"]) for row in unlike for _ in range(2)]
+    texts = [row[side] for row in unlike for side in ("chosen", "rejected")]
+    responses = [policy.encode_response(text) for text in texts]
+    now = policy.score(prompts, responses).logprobs.sum(1)
+    with policy.reference():
+        before = policy.score(prompts, responses).logprobs.sum(1)
+    rewards = (now - before).view(-1, 2)
+    true = torch.tensor([gold(text) for text in texts]).view(-1, 2)
+    right = (rewards[:, 0] > rewards[:, 1]) == (true[:, 0] > true[:, 1])
+    return float(right.float().mean())
+
+
+def in_a_table(kind: Divergence, seed: int, outcomes: int = 6) -> dict[str, float]:
+    """Exact optima for a random expert and reference, beta 1, of the loss without a value; and how
+    far the optimal value of the loss with one is from that of the problem it is the dual of."""
+    draws = torch.randn(2, outcomes, generator=generator(seed, "expert"), dtype=torch.float64)
+    expert, reference = draws.softmax(-1)
+
+    def dual(logits: Tensor, value: Tensor | float = 0.0) -> Tensor:
+        # beyond the floor Hellinger's loss is so large that no line search goes there
+        losses = f_divergence_sft(
+            logits.log_softmax(0), reference.log(), kind, 1.0, value, floor=-1 + 1e-6
+        )
+        return (expert * losses).sum()
+
+    def primal(logits: Tensor) -> Tensor:
+        policy = logits.softmax(0)
+        return f_divergence(policy, expert, kind) + (policy * (policy / reference).log()).sum()
+
+    start = reference.log()
+    fixed, _ = minimum(lambda variables: dual(variables), start)
+    policy = fixed.softmax(0)
+    found = {"table: KL to the reference": float((policy * (policy / reference).log()).sum())}
+    if kind != "tv":  # whose conjugate is that of |t| <= 1/2 only
+        _, least = minimum(primal, start)
+        free = torch.cat([start, torch.zeros(1, dtype=torch.float64)])
+        _, dual_least = minimum(lambda v: dual(v[:-1], v[-1]), free)
+        found["table: gap between primal and dual"] = abs(least + dual_least)
+    return found
+
+
+def minimum(objective: Any, start: Tensor) -> tuple[Tensor, float]:
+    """Where a function of float64 variables is least, by L-BFGS from `start`, and its value."""
+    variables = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [variables],
+        max_iter=1000,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value: Tensor = objective(variables)
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    return variables.detach(), float(closure().detach())
+
+
+CLAIM = Claim(
+    slug="implicit-reward-sft",
+    statement="After SFT by a divergence in which the reference survives, or with a smaller "
+    "learning rate, the same DPO reaches more reward than after plain SFT.",
+    task="a tiny language model writes opinions such as `the soup was warm, old and bitter.`; gold "
+    "reward = approving words - disapproving words (-3 to 3). First 100 steps on 150 "
+    "demonstrations (best of four by gold reward), then 100 steps of DPO on 300 pairs drawn from "
+    "the reference on 150 subjects; measured on 30 other subjects",
+    metric=METRIC,
+    higher_is_better=True,
+    method="Pearson",
+    baseline="SFT",
+    arms=tuple(ARMS),
+    run=run,
+    notes="",
+)
