@@ -24,7 +24,7 @@ ARMS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "cDPO": lambda delta, rate: smoothed(BETA * delta, rate),
     "IPO": lambda delta, rate: ipo(delta, BETA),
 }
-# the same methods on a language model (IPO is not among the library's)
+# the same methods on a language model (IPO is compared on the bandit alone)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rDPO": ("rdpo", {"flip_rate": FLIP_RATE}),
     "DPO": ("dpo", {}),

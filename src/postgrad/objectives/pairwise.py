@@ -4,6 +4,7 @@ Notation of DPO (arXiv 2305.18290): Delta is the margin of log-ratios, h = beta 
 l(h) = -log sigma(h). Every loss here is per pair; a method takes its mean over the pairs.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -82,6 +83,83 @@ def ipo(delta: Tensor, beta: float) -> Tensor:
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
     return (delta - 1 / (2 * beta)).square()
+
+
+def negative_likelihood(logp: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """-log pi(y|x) `[B]` of responses; with their `lengths` `[B]`, -log pi(y|x)/|y|.
+
+    Added to a pairwise loss on the chosen response it is an SFT term. A batch's value of the second
+    form is a mean over sequences of their means over tokens, not one mean over all tokens.
+    """
+    if lengths is None:
+        return -logp
+    expect_same_shape(logp=logp, lengths=lengths)
+    if not bool((lengths > 0).all()):
+        raise ValueError("a response without tokens has no mean log-probability")
+    return -logp / lengths
+
+
+def rpo(h: Tensor, logp_w: Tensor, weight: float, lengths: Tensor | None = None) -> Tensor:
+    """RPO's loss `[B]` (arXiv 2405.16436): l(h) + weight * NLL of the chosen response.
+
+    The paper's form sums the NLL over tokens, with weight = eta * beta; its average form, given the
+    chosen responses' `lengths`, takes the mean over tokens. `logp_w` must be the same tensor, with
+    its gradient, that h was made of.
+    """
+    expect_same_shape(h=h, logp_w=logp_w)
+    if not weight >= 0:
+        raise ValueError(f"the weight of the SFT term must be at least 0, got {weight}")
+    return logistic(h) + weight * negative_likelihood(logp_w, lengths)
+
+
+def slic(logp_w: Tensor, logp_l: Tensor, delta: float, weight: float, target: Tensor) -> Tensor:
+    """SLiC-HF's loss `[B]` (arXiv 2305.10425, eq. 1), without a reference policy.
+
+    max(0, delta - log pi(y_w) + log pi(y_l)) - weight * log pi(y_target), all log-probabilities
+    `[B]`. The target keeps the policy near what it was tuned on: a demonstration, or y_w.
+    """
+    expect_same_shape(logp_w=logp_w, logp_l=logp_l, target=target)
+    if not (delta > 0 and weight >= 0):
+        raise ValueError(f"expected delta > 0 and a weight >= 0, got {delta} and {weight}")
+    return torch.relu(delta - (logp_w - logp_l)) + weight * negative_likelihood(target)
+
+
+def simpo(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimPO's loss `[B]` (arXiv 2405.14734, eq. 6), without a reference policy.
+
+    l(beta (mean_w - mean_l) - gamma), from mean log-probabilities of tokens log pi(y|x)/|y| `[B]`:
+    gamma is the margin that their difference, times beta, should exceed.
+    """
+    expect_same_shape(mean_w=mean_w, mean_l=mean_l)
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    return logistic(beta * (mean_w - mean_l) - gamma)
+
+
+def log_odds(mean_logp: Tensor) -> Tensor:
+    """log [p/(1 - p)], p = exp(mean_logp) the geometric mean of a response's token probabilities.
+
+    The odds of p = 1 are infinite: p counts as at most 1 - eps, of the dtype, without gradient.
+    """
+    if bool((mean_logp > 1e-3).any()):
+        raise ValueError("expected mean log-probabilities, got positive values")
+    mean_logp = mean_logp.clamp(max=-torch.finfo(mean_logp.dtype).eps)
+    # log(1 - p) by whichever form does not cancel; each sees only values it has a gradient at
+    half = -math.log(2)
+    likely = mean_logp > half
+    small = torch.log1p(-torch.exp(mean_logp.masked_fill(likely, half)))
+    large = torch.log(-torch.expm1(mean_logp.masked_fill(~likely, half)))
+    return mean_logp - torch.where(likely, large, small)
+
+
+def odds_ratio(mean_w: Tensor, mean_l: Tensor) -> Tensor:
+    """ORPO's odds-ratio loss `[B]` (arXiv 2403.07691, eq. 7), without a reference policy.
+
+    l(log odds(y_w) - log odds(y_l)), from mean log-probabilities of tokens log pi(y|x)/|y| `[B]`.
+    ORPO's loss is the SFT loss of y_w plus lambda times this.
+    """
+    expect_same_shape(mean_w=mean_w, mean_l=mean_l)
+    return logistic(log_odds(mean_w) - log_odds(mean_l))
 
 
 def _expect_flip_rate(eps: float | Tensor, h: Tensor) -> None:

@@ -46,9 +46,9 @@ class PreferenceSettings(LanguageSettings):
 class Comparisons:
     """Tokenised responses to prompts, with the reference's log-probabilities once they are known.
 
-    Pairs are lists of two. `scores` come from the column `scores` of rankings (or are minus their
-    `ranks`), and from `score_chosen` and `score_rejected` of preferences. `graded` says whether
-    there are any that tell more than an order, as ranks do not.
+    Pairs are lists of two, labelled responses lists of one. `scores` come from the column `scores`
+    of rankings (or are minus their `ranks`), and from `score_chosen` and `score_rejected` of
+    preferences. `graded` says whether any tell more than an order, as ranks do not.
     """
 
     def __init__(self, policy: LanguagePolicy, examples: Examples, config: PreferenceSettings):
@@ -56,10 +56,11 @@ class Comparisons:
         self.examples = examples
         self.prompts = render_prompts(policy, examples, config, reserve=limit)
         self.responses = [
-            [policy.encode_response(text)[:limit] for text in _texts(row)] for row in examples.rows
+            [policy.encode_response(text)[:limit] for text in _texts(examples.format, row)]
+            for row in examples.rows
         ]
         for number, several in enumerate(self.responses):
-            if all(response.equal(several[0]) for response in several):
+            if len(several) > 1 and all(response.equal(several[0]) for response in several):
                 all_of_them = "chosen and rejected" if len(several) == 2 else "all responses"
                 raise PostgradError(
                     f"{examples.where(number)}: {all_of_them} are the same after tokenisation "
@@ -99,8 +100,10 @@ class Comparisons:
             self.reference[unknown, : known.shape[1]] = known
 
 
-def _texts(row: dict[str, Any]) -> list[str]:
-    return [row["chosen"], row["rejected"]] if "chosen" in row else row["responses"]
+def _texts(format: str, row: dict[str, Any]) -> list[str]:
+    if format == "preferences":
+        return [row["chosen"], row["rejected"]]
+    return [row["completion"]] if format == "labelled" else row["responses"]
 
 
 def _scores(row: dict[str, Any]) -> list[float]:
@@ -148,6 +151,10 @@ class PreferenceMethod(Method):
     def losses(self, found: Compared) -> Tensor:
         """The loss `[B]` of each prompt's responses."""
 
+    def terms(self, found: Compared) -> dict[str, Tensor]:
+        """The terms `[B]` of a loss that has several, by name: reported besides their sum."""
+        return {}
+
     def implicit_rewards(self, found: Compared) -> Tensor:
         """What the policy thinks of the responses, `[B, K]`: for metrics and accuracy."""
         return self.config.beta * found.log_ratio
@@ -191,7 +198,8 @@ class PreferenceMethod(Method):
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         found = self.compared(batch)
         value = self.losses(found).sum() / batch.items
-        return value, comparison_metrics(self.implicit_rewards(found), found)
+        terms = {f"loss/{name}": float(t.mean()) for name, t in self.terms(found).items()}
+        return value, {**terms, **comparison_metrics(self.implicit_rewards(found), found)}
 
     def evaluate(self) -> Metrics:
         """Accuracy, margin and loss on held-out data; reward and KL if a reward is given."""
