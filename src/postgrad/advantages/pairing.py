@@ -37,3 +37,74 @@ def all_pairs(preferences: Tensor) -> list[list[int]]:
         for i, j in zip(first, second, strict=True)
         if preferences[i, j] != 0.5
     ]
+
+
+def drawn_verdicts(preferences: Tensor, random: torch.Generator) -> Tensor:
+    """One drawn verdict on every pair, `[K, K]`: 1 where i won against j, 0 where it lost.
+
+    i wins with probability P(i preferred to j). The diagonal stays 1/2.
+    """
+    draws = torch.rand(preferences.shape, generator=random, dtype=torch.float64)
+    won = (draws.to(preferences.device) < preferences).to(preferences.dtype).triu(1)
+    lost = (1 - won).triu(1).mT
+    return won + lost + 0.5 * torch.eye(len(preferences)).to(preferences)
+
+
+def neighbours(preferences: Tensor) -> list[list[int]]:
+    """The disjoint pairs (0, 1), (2, 3) …, the preferred response first (the first of equals).
+
+    Of independent samples with `drawn_verdicts` these are the independent labelled pairs that
+    theory asks for; the last of an odd number is left out.
+    """
+    return [
+        [i, i + 1] if preferences[i, i + 1] >= 0.5 else [i + 1, i]
+        for i in range(0, len(preferences) - 1, 2)
+    ]
+
+
+def tournament(preferences: Tensor) -> list[list[int]]:
+    """The champion and the last of a tournament, as one pair, or none (INPO, arXiv 2407.00617).
+
+    Neighbours meet; then winners meet winners and losers meet losers, until one champion and one
+    last are left; of equals the first wins, and who has nobody to meet moves on. The pair counts
+    if the champion is preferred to the last. That needs 3K/2 - 1 verdicts of K = 2^n responses.
+    """
+    size = preferences.shape[-1]
+    if preferences.shape != (size, size) or size < 2:
+        raise ValueError(f"preferences must be [K, K] of K >= 2, got {list(preferences.shape)}")
+
+    def meet(players: list[int]) -> tuple[list[int], list[int]]:
+        winners, losers = [], []
+        for i, j in zip(players[::2], players[1::2], strict=False):
+            first_wins = bool(preferences[i, j] >= 0.5)
+            winners.append(i if first_wins else j)
+            losers.append(j if first_wins else i)
+        alone = players[-1:] if len(players) % 2 else []
+        return winners + alone, losers + alone
+
+    winners, losers = meet(list(range(size)))
+    while len(winners) > 1:
+        winners, _ = meet(winners)
+    while len(losers) > 1:
+        _, losers = meet(losers)
+    champion, last = winners[0], losers[0]
+    return [[champion, last]] if preferences[champion, last] > 0.5 else []
+
+
+def clear_pairs(wins: Tensor, lead: float | Tensor, least: float = 0.0) -> list[list[int]]:
+    """Every pair whose better response is clearly better, that one first (DNO, arXiv 2404.03715).
+
+    `wins` `[K]` are win rates. The better response needs at least `least` and must lead by `lead`,
+    a number or one for each `[K]` response. With a lead of 0 these are all pairs.
+    """
+    leads = torch.as_tensor(lead, dtype=wins.dtype, device=wins.device).expand_as(wins)
+    if wins.ndim != 1:
+        raise ValueError(f"win rates must be [K], got {list(wins.shape)}")
+    order = wins.argsort(descending=True, stable=True).tolist()
+    slack = 1e-9  # so that 0.6 leads 0.2 by 0.4 in binary, too
+    return [
+        [better, worse]
+        for place, better in enumerate(order)
+        for worse in order[place + 1 :]
+        if wins[better] >= least - slack and wins[better] - wins[worse] >= leads[better] - slack
+    ]

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -57,6 +58,14 @@ class OnlineSettings(LanguageSettings):
     frontier: FrontierSettings = setting(
         FrontierSettings(), "reward and KL of fresh samples, in every evaluation"
     )
+
+
+@dataclass(frozen=True)
+class _Response:
+    text: str
+    tokens: Tensor
+    finished: bool
+    own: bool  # a sample of the policy
 
 
 class OnlinePreference(Method):
@@ -120,6 +129,14 @@ class OnlinePreference(Method):
         """The comparisons learnt from, best first, of a group's P(i over j) `[K, K]`."""
         return [best_and_worst(preferences)]
 
+    def verdicts(self, preferences: list[Tensor], step: int) -> list[Tensor]:
+        """What `choose` sees of the groups' P(i over j); by default the probabilities."""
+        return preferences
+
+    def given_responses(self, row: dict[str, Any]) -> list[str]:
+        """What is compared besides the samples of a row's prompt: the last places of its group."""
+        return []
+
     def check(self) -> None:
         self.preference.probe(self.data.rows[0])
 
@@ -134,34 +151,51 @@ class OnlinePreference(Method):
 
     def collect(self, step: int) -> Batch:
         index = self.order.indices(step).tolist()
+        rows = [self.data.rows[i] for i in index]
         rollouts = self.roll_out([self.prompts[i] for i in index], "rollout", step)
-        size = self.config.rollout.samples
-        texts = [rollouts.texts[i : i + size] for i in range(0, len(rollouts.texts), size)]
+        groups = [self._group(row, rollouts, number) for number, row in enumerate(rows)]
         with timed("reward"):
             preferences = preference_matrices(
-                self.preference, [self.data.rows[i] for i in index], texts
+                self.preference, rows, [[one.text for one in group] for group in groups]
             )
         chosen = [
             (number, places)
-            for number, matrix in enumerate(preferences)
+            for number, matrix in enumerate(self.verdicts(preferences, step))
             for places in self.choose(matrix)
         ]
+        if not chosen:
+            raise PostgradError(
+                f"no comparison is left: none of the {len(groups)} groups of "
+                f"{len(groups[0])} responses has one that this method learns from"
+            )
         scores = [win_rates(matrix) for matrix in preferences]
+        members = [[groups[number][i] for i in places] for number, places in chosen]
+        unlike = [len({one.text for one in group}) > 1 for group in groups]
         batch = comparison_batch(
             [self.prompts[index[number]] for number, _ in chosen],
-            [[rollouts.responses[number * size + i] for i in places] for number, places in chosen],
+            [[one.tokens for one in several] for several in members],
             torch.stack([scores[number][places] for number, places in chosen]).float(),
             group=torch.tensor([number for number, _ in chosen]),
-            unlike=torch.tensor([len(set(texts[number])) > 1 for number, _ in chosen]),
-            finished=torch.stack(
-                [
-                    rollouts.finished[[number * size + i for i in places]]
-                    for number, places in chosen
-                ]
-            ),
+            unlike=torch.tensor([unlike[number] for number, _ in chosen]),
+            finished=torch.tensor([[one.finished for one in several] for several in members]),
+            own=torch.tensor([[one.own for one in several] for several in members]),
             step=torch.full((len(chosen),), step),
         )
         return self.with_known(batch)
+
+    def _group(self, row: dict[str, Any], rollouts: Rollouts, number: int) -> list[_Response]:
+        """The responses to a prompt: its samples, then those given."""
+        size, room = self.config.rollout.samples, self.config.rollout.max_new_tokens
+        group = [
+            _Response(rollouts.texts[i], rollouts.responses[i], bool(rollouts.finished[i]), True)
+            for i in range(number * size, (number + 1) * size)
+        ]
+        for text in self.given_responses(row):
+            tokens = self.policy.encode_response(text)
+            kept = tokens[:room]
+            whole = len(kept) == len(tokens)
+            group.append(_Response(self.policy.decode(kept), kept, whole, False))
+        return group
 
     def with_known(self, batch: Batch) -> Batch:
         """The batch with the log-probabilities that stay fixed while it is learnt from."""
