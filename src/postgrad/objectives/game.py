@@ -77,6 +77,23 @@ def nash_policy(preferences: Tensor, mu: Tensor, tau: float, tolerance: float = 
     raise RuntimeError(f"no equilibrium to a gap of {tolerance} within a million steps")
 
 
+def hedge_self_play(
+    preferences: Tensor, logits: Tensor, step: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Average and last of `count` policies `[K]` that play themselves (SPO, arXiv 2401.04056).
+
+    pi_{t+1} = pi_t exp(step M pi_t)/Z with M = 2 P - 1, starting at softmax(logits). No response is
+    preferred to the average by more than regret/count, while the last may go round in cycles.
+    """
+    total = torch.zeros_like(logits)
+    policy = logits.softmax(-1)
+    for _ in range(count):
+        policy = logits.softmax(-1)
+        total = total + policy
+        logits = logits + step * (2 * preferences - 1) @ policy
+    return total / count, policy
+
+
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats; terms of p = 0 are 0."""
     return torch.where(p > 0, p * (p.log() - q.log()), 0.0).sum()

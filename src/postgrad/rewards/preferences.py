@@ -63,14 +63,14 @@ class Judge:
         self._function = function
         self._symmetric = symmetric
 
-    def __call__(self, rows: Sequence[Row], first: list[str], second: list[str]) -> list[float]:
+    def __call__(self, rows: Sequence[Row], first: list[Any], second: list[Any]) -> list[float]:
         said = self._ask(rows, first, second)
         if not self._symmetric:
             return said
         turned = self._ask(rows, second, first)
         return [(one + 1 - other) / 2 for one, other in zip(said, turned, strict=True)]
 
-    def _ask(self, rows: Sequence[Row], first: list[str], second: list[str]) -> list[float]:
+    def _ask(self, rows: Sequence[Row], first: list[Any], second: list[Any]) -> list[float]:
         columns = {**columns_of(rows), "first": first, "second": second}
         values, _ = self._function([row["prompt"] for row in rows], first, columns)
         for i, value in enumerate(values):
@@ -139,3 +139,14 @@ def preference_matrices(
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def higher_return(
+    first: Sequence[Mapping[str, Tensor]], second: Sequence[Mapping[str, Tensor]]
+) -> list[float]:
+    """Of trajectories: 1 where the first has the larger sum of `rewards`, 1/2 where they tie."""
+    gaps = [
+        float(one["rewards"].double().sum() - other["rewards"].double().sum())
+        for one, other in zip(first, second, strict=True)
+    ]
+    return [0.5 * (1 + (gap > 0) - (gap < 0)) for gap in gaps]

@@ -231,6 +231,16 @@ class Environments:
         self.steps += count
         return Outcome(arrived, rewards, ends[0], ends[1], finished)
 
+    def restart(self) -> None:
+        """Give up the episodes being played and begin the next ones."""
+        self.observations = np.stack([episode.begin() for episode in self._episodes])
+
+    @property
+    def episode_limit(self) -> int | None:
+        """The steps after which an episode is cut, where the environment says so."""
+        spec = self._episodes[0].environment.spec
+        return spec.max_episode_steps if spec is not None else None
+
     def _native(self, actions: Tensor) -> Any:
         """The actions as the environments take them."""
         spaces = self.spaces

@@ -131,7 +131,11 @@ class OnPolicy(Control):
                 standardise.update(warm_up.observations.flatten(0, 1).to(self.place.device))
             played = self._play(step)
         with timed("scoring"):
-            return self._valued(played)
+            return self._valued(self.learnt_from(played))
+
+    def learnt_from(self, played: Trajectory) -> Trajectory:
+        """What was played, with the rewards that count: by default the environments' own."""
+        return played
 
     def _play(self, stream: int | str) -> Trajectory:
         count = len(self.environments)

@@ -32,17 +32,17 @@ from postgrad.methods.language.comparisons import (
 )
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.rewards import RewardSpec
-from postgrad.rewards.preferences import load_preference, preference_matrices
+from postgrad.rewards.preferences import Preference, load_preference, preference_matrices
 from postgrad.sampling.generation import Rollouts
 from postgrad.seeding import generator
+from postgrad.tasks import Examples
 from postgrad.timing import timed
 
 
-class OnlineSettings(LanguageSettings):
-    """Settings of the methods that compare their own samples."""
+class JudgedSettings(LanguageSettings):
+    """Settings of every method whose samples are compared by a preference."""
 
     data: DataSettings = setting(DataSettings(name="reasoning-gym/chain_sum"), "prompts")
-    rollout: RolloutSettings = setting(RolloutSettings(samples=2), "how the policy is sampled")
     preference: RewardSpec | None = setting(
         None, "what compares two responses: module:function or file.py:function"
     )
@@ -52,12 +52,45 @@ class OnlineSettings(LanguageSettings):
     )  # fmt: skip
     preference_scale: float = setting(1.0, "what reward gaps are divided by", gt=0)
     reward_time_limit: float = setting(60.0, "seconds a reward call may take", gt=0)
-    beta: float = setting(0.1, "strength of the KL to the reference", gt=0)
-    epochs: int = setting(1, "passes over the samples of a step", gt=0)
-    minibatches: int = setting(1, "optimiser steps a pass", gt=0)
     frontier: FrontierSettings = setting(
         FrontierSettings(), "reward and KL of fresh samples, in every evaluation"
     )
+
+
+def find_preference(
+    config: JudgedSettings, data: Examples, preference: Any, reward: Any
+) -> Preference:
+    """What was passed from Python, or what `config` names, or the data's own verifier.
+
+    Raises:
+        PostgradError: both or nothing is named.
+    """
+    preference = config.preference if preference is None else preference
+    reward = config.reward if reward is None else reward
+    return load_preference(
+        preference,
+        data.verifier if preference is None and reward is None else reward,
+        scale=config.preference_scale,
+        time_limit=config.reward_time_limit,
+    )
+
+
+def require_two(rollout: RolloutSettings) -> None:
+    """Stop at a group that is too small to be compared."""
+    if rollout.samples < 2:
+        raise PostgradError(
+            f"rollout.samples: a comparison needs at least 2 samples a prompt, got "
+            f"{rollout.samples}"
+        )
+
+
+class OnlineSettings(JudgedSettings):
+    """Settings of the methods that compare their own samples."""
+
+    rollout: RolloutSettings = setting(RolloutSettings(samples=2), "how the policy is sampled")
+    beta: float = setting(0.1, "strength of the KL to the reference", gt=0)
+    epochs: int = setting(1, "passes over the samples of a step", gt=0)
+    minibatches: int = setting(1, "optimiser steps a pass", gt=0)
 
 
 @dataclass(frozen=True)
@@ -96,11 +129,7 @@ class OnlinePreference(Method):
         **given: Unpack[Given],
     ):
         super().__init__(config, place)
-        if config.rollout.samples < 2:
-            raise PostgradError(
-                f"rollout.samples: a comparison needs at least 2 samples a prompt, got "
-                f"{config.rollout.samples}"
-            )
+        require_two(config.rollout)
         if config.minibatches > config.batch_size:
             raise PostgradError(
                 f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
@@ -108,14 +137,7 @@ class OnlinePreference(Method):
             )
         found = find_materials(config, place, "prompts", given)
         self.policy, self.data, self.order = found.policy, found.data, found.order
-        preference = config.preference if preference is None else preference
-        reward = config.reward if reward is None else reward
-        self.preference = load_preference(
-            preference,
-            found.data.verifier if preference is None and reward is None else reward,
-            scale=config.preference_scale,
-            time_limit=config.reward_time_limit,
-        )
+        self.preference = find_preference(config, found.data, preference, reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         self.policy.freeze_reference()

@@ -79,6 +79,7 @@ class ClippedPolicyGradient(Method):
                 f"batch_size of {config.batch_size}: at most one step a prompt"
             )
         found = find_materials(config, place, formats, given, held_out_formats=held_out_formats)
+        self.materials = found
         self.policy, self.data, self.held_out = found.policy, found.data, found.held_out
         self.order = found.order
         if config.kl_coefficient > 0:
