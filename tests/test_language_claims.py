@@ -53,7 +53,7 @@ def test_subjects_are_apart():
 def test_labels_follow_bradley_terry_and_flip_once(monkeypatch):
     """A policy that says good or bad: labels favour good by sigma(2), flips undo that."""
 
-    def texts(policy, prompts, count, *stream):
+    def texts(policy, prompts, count, *stream, temperature):
         class Said:
             texts = [" good." if i % 2 else " bad." for i in range(len(prompts) * count)]
 

@@ -116,20 +116,29 @@ def _written(seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def sample(policy: LanguagePolicy, prompts: list[str], count: int, *stream: Any) -> Rollouts:
+def sample(
+    policy: LanguagePolicy,
+    prompts: list[str],
+    count: int,
+    *stream: Any,
+    temperature: float = 1.0,
+) -> Rollouts:
     """`count` opinions on every prompt, with the draws of the stream so named."""
     ids = [policy.render(prompt) for prompt in prompts]
     seeds = [derive(0, *stream, i) for i in range(len(prompts) * count)]
-    return generate(policy, ids, SamplingSettings(TOKENS), samples=count, seeds=seeds)
+    return generate(policy, ids, SamplingSettings(TOKENS, temperature), samples=count, seeds=seeds)
 
 
-def preferences(policy: LanguagePolicy, seed: int, flip_rate: float = 0.0) -> list[dict[str, str]]:
+def preferences(
+    policy: LanguagePolicy, seed: int, flip_rate: float = 0.0, temperature: float = 1.0
+) -> list[dict[str, str]]:
     """Two pairs of different, not empty, opinions on a training subject, labelled by Bradley-Terry.
 
     P(a over b) = sigma(gold(a) - gold(b)); each label is then flipped with `flip_rate`, once.
+    The opinions are drawn at `temperature`: below 1 they cover less of what may be said.
     """
     prompts = subjects()["training"]
-    texts = sample(policy, prompts, 4, "pairs", seed).texts
+    texts = sample(policy, prompts, 4, "pairs", seed, temperature=temperature).texts
     chance = torch.rand(len(texts) // 2, 2, generator=generator(seed, "labels")).tolist()
     rows = []
     for i, (label, flip) in enumerate(chance):

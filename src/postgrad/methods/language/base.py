@@ -38,6 +38,19 @@ class RolloutSettings(Settings):
             stop=tuple(self.stop),
         )
 
+    def require_unaltered(self, why: str) -> None:
+        """Stop unless samples come from the very distribution that is scored."""
+        for name, value, expected in (
+            ("temperature", self.temperature, 1.0),
+            ("top_p", self.top_p, 1.0),
+            ("top_k", self.top_k, 0),
+        ):
+            if value != expected:
+                raise PostgradError(
+                    f"rollout.{name}: expected {expected:g}, got {value:g}: {why} is estimated by "
+                    "samples of the policy itself"
+                )
+
 
 class LanguageSettings(Settings):
     """Settings of every method that trains a causal language model."""

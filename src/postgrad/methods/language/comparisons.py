@@ -10,6 +10,7 @@ from torch import Tensor
 from postgrad.batch import Batch
 from postgrad.methods.base import Metrics
 from postgrad.models.language import LanguagePolicy
+from postgrad.models.scoring import TokenScores
 from postgrad.objectives.pairwise import margin, sequence_logprobs
 from postgrad.timing import timed
 
@@ -89,15 +90,21 @@ def comparison_batch(
     )
 
 
+def token_scores(
+    policy: LanguagePolicy,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Sequence[Tensor]],
+    temperature: float = 1.0,
+) -> TokenScores:
+    """Scores of all responses, one row each, where every prompt has several."""
+    repeated = [prompt for prompt, several in zip(prompts, responses, strict=True) for _ in several]
+    flat = [response for several in responses for response in several]
+    return policy.score(repeated, flat, temperature=temperature)
+
+
 def response_logprobs(policy: LanguagePolicy, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log pi(y|x) `[B, K]` of a comparison batch, 0 where no response is present."""
-    flat = [response for several in batch.responses for response in several]
-    prompts = [
-        prompt
-        for prompt, several in zip(batch.prompts, batch.responses, strict=True)
-        for _ in several
-    ]
-    scores = policy.score(prompts, flat, temperature=temperature)
+    scores = token_scores(policy, batch.prompts, batch.responses, temperature)
     sums = sequence_logprobs(scores.logprobs, scores.mask)
     present = batch.present.to(sums.device)
     return torch.zeros(present.shape, dtype=sums.dtype, device=sums.device).masked_scatter(

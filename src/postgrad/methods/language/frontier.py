@@ -63,12 +63,14 @@ class Frontier:
         found: Materials,
         place: Place,
         preference: Preference | None = None,
+        rewards: RewardSet | None = None,
     ) -> Self | None:
         """What the settings ask for; None without held-out prompts or anything to judge by.
 
-        The reward is the settings' own, or that behind `preference`.
+        The reward is the settings' own, or else `rewards`, or else that behind `preference`.
         """
-        rewards = preference.rewards if isinstance(preference, BradleyTerry) else None
+        if rewards is None and isinstance(preference, BradleyTerry):
+            rewards = preference.rewards
         if settings.reward is not None:
             if found.held_out is None:
                 raise PostgradError("frontier.reward: there are no held-out prompts: set eval_data")
