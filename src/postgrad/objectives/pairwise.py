@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from postgrad.objectives.shapes import expect_same_shape, expect_tokens
+from postgrad.objectives.shapes import expect_dimensions, expect_same_shape, expect_tokens
 
 PairLoss = Callable[[Tensor], Tensor]
 
@@ -160,6 +160,39 @@ def odds_ratio(mean_w: Tensor, mean_l: Tensor) -> Tensor:
     """
     expect_same_shape(mean_w=mean_w, mean_l=mean_l)
     return logistic(log_odds(mean_w) - log_odds(mean_l))
+
+
+def copg(log_ratio: Tensor, rewards: Tensor, beta: float, present: Tensor | None = None) -> Tensor:
+    """Contrastive policy gradient of scored responses (CoPG, arXiv 2406.19185), `[B]`.
+
+    Of K responses to each of B prompts, `log_ratio` `[B, K]` is c = log pi/pi_ref and `rewards`
+    `[B, K]` is R; `present` `[B, K]` (bool, default all) says which there are, at least two each.
+    The mean over a prompt's pairs (i, j) of
+
+        (beta/2) [(c_i - c_j) - (R_i - R_j)/beta]^2
+
+    is, up to a constant, minus the paper's objective (R_{beta/2} is R - beta/2 c)
+
+        [R_{beta/2}(i) - R_{beta/2}(j)] c_i + [R_{beta/2}(j) - R_{beta/2}(i)] c_j
+
+    Its gradient is minus the policy gradient of each response with the other's regularised reward
+    R_beta as the baseline. With R_i - R_j = 1/2 it is beta/2 times `ipo`.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    expect_dimensions(2, log_ratio=log_ratio)
+    present = torch.ones_like(log_ratio, dtype=torch.bool) if present is None else present
+    expect_tokens(present, log_ratio=log_ratio, rewards=rewards)
+    if not bool(rewards[present].isfinite().all()):
+        raise ValueError("rewards must be finite where a response is present")
+    width = log_ratio.shape[1]
+    first, second = torch.triu_indices(width, width, offset=1, device=present.device)
+    counts = present[:, first] & present[:, second]
+    if not bool(counts.any(1).all()):
+        raise ValueError("every prompt needs at least 2 responses that are present")
+    distance = torch.where(present, log_ratio - rewards / beta, 0.0)
+    squares = (distance[:, first] - distance[:, second]).square()
+    return beta / 2 * torch.where(counts, squares, 0.0).sum(1) / counts.sum(1)
 
 
 def _expect_flip_rate(eps: float | Tensor, h: Tensor) -> None:

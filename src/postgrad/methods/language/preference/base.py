@@ -1,5 +1,6 @@
 """Preference methods: one blank, the loss of the responses to a prompt."""
 
+import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -28,7 +29,7 @@ from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.models.language import LanguagePolicy
 from postgrad.tasks import Examples
 
-_PAIR_SCORES = ("score_chosen", "score_rejected")  # as UltraFeedback's binarised form calls them
+PAIR_SCORES = ("score_chosen", "score_rejected")  # as UltraFeedback's binarised form calls them
 
 
 class PreferenceSettings(LanguageSettings):
@@ -69,7 +70,7 @@ class Comparisons:
         width = max(map(len, self.responses))
         self.scores = torch.full((len(examples), width), torch.nan)
         for number, row in enumerate(examples.rows):
-            scores = _scores(row)
+            scores = _scores(row, examples.where(number))
             self.scores[number, : len(scores)] = torch.tensor(scores)
         ranked = "ranks" in examples.columns and "scores" not in examples.columns
         self.graded = not ranked and not bool(self.scores.isnan().all())
@@ -106,9 +107,9 @@ def _texts(format: str, row: dict[str, Any]) -> list[str]:
     return [row["completion"]] if format == "labelled" else row["responses"]
 
 
-def _scores(row: dict[str, Any]) -> list[float]:
-    pair = [float(row[name]) for name in _PAIR_SCORES if row.get(name) is not None]
-    pair = pair if len(pair) == len(_PAIR_SCORES) else []
+def _scores(row: dict[str, Any], where: str) -> list[float]:
+    pair = [_number(row, name, where) for name in PAIR_SCORES if row.get(name) is not None]
+    pair = pair if len(pair) == len(PAIR_SCORES) else []
     if "chosen" in row:
         return pair
     if "scores" in row:
@@ -117,6 +118,16 @@ def _scores(row: dict[str, Any]) -> list[float]:
         return [-rank for rank in row["ranks"]]
     # a pair read as a ranking: scores that contradict its order say nothing
     return pair if pair and pair[0] > pair[1] else []
+
+
+def _number(row: dict[str, Any], column: str, where: str) -> float:
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise PostgradError(f"{where}: column {column!r} holds {row[column]!r}, expected a number")
+    return value
 
 
 class PreferenceMethod(Method):
@@ -133,7 +144,7 @@ class PreferenceMethod(Method):
         "warmup_steps": 10,
         "steps": 100,
     }
-    data_format: ClassVar[str] = "preferences"  # or rankings, for lists
+    data_format: ClassVar[str | tuple[str, ...]] = "preferences"  # or rankings, for lists
     needs_reference: ClassVar[bool] = True
     config: PreferenceSettings
 
@@ -232,7 +243,7 @@ class PreferenceMethod(Method):
         rows = []
         for i, responses in enumerate(part.responses):
             names = ["chosen", "rejected"]
-            if self.data_format == "rankings":
+            if self.data.examples.format == "rankings":
                 names = [f"response {place}" for place in range(1, len(responses) + 1)]
             texts = [self.policy.decode(response) for response in responses]
             rows.append(
