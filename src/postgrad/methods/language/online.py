@@ -116,6 +116,15 @@ class OnlinePreference(Method):
     def losses(self, found: Compared) -> Tensor:
         """The loss `[B]` of each comparison."""
 
+    @property
+    def scoring_temperature(self) -> float:
+        """The temperature of the log-probabilities: that which the responses were sampled at."""
+        return self.config.rollout.temperature
+
+    def implicit_rewards(self, found: Compared) -> Tensor:
+        """What the policy thinks of the responses, `[B, K]`: for metrics."""
+        return self.config.beta * found.log_ratio
+
     def choose(self, preferences: Tensor) -> list[list[int]]:
         """The comparisons learnt from, best first, of a group's P(i over j) `[K, K]`."""
         return [best_and_worst(preferences)]
@@ -136,7 +145,17 @@ class OnlinePreference(Method):
         index = self.order.indices(step).tolist()
         rollouts = self.roll_out([self.prompts[i] for i in index], "rollout", step)
         size = self.config.rollout.samples
-        texts = [rollouts.texts[i : i + size] for i in range(0, len(rollouts.texts), size)]
+        groups = [list(range(i * size, (i + 1) * size)) for i in range(len(index))]
+        return self.with_known(self.judged(index, rollouts, groups, step))
+
+    def judged(
+        self, index: list[int], rollouts: Rollouts, groups: list[list[int]], step: int
+    ) -> Batch:
+        """The comparisons that `choose` makes of samples.
+
+        `index` are rows of data, `groups` the places in `rollouts` of what is compared for each.
+        """
+        texts = [[rollouts.texts[i] for i in group] for group in groups]
         with timed("reward"):
             preferences = preference_matrices(
                 self.preference, [self.data.rows[i] for i in index], texts
@@ -147,25 +166,20 @@ class OnlinePreference(Method):
             for places in self.choose(matrix)
         ]
         scores = [win_rates(matrix) for matrix in preferences]
-        batch = comparison_batch(
+        drawn = [[groups[number][i] for i in places] for number, places in chosen]
+        return comparison_batch(
             [self.prompts[index[number]] for number, _ in chosen],
-            [[rollouts.responses[number * size + i] for i in places] for number, places in chosen],
+            [[rollouts.responses[i] for i in places] for places in drawn],
             torch.stack([scores[number][places] for number, places in chosen]).float(),
             group=torch.tensor([number for number, _ in chosen]),
             unlike=torch.tensor([len(set(texts[number])) > 1 for number, _ in chosen]),
-            finished=torch.stack(
-                [
-                    rollouts.finished[[number * size + i for i in places]]
-                    for number, places in chosen
-                ]
-            ),
+            finished=torch.stack([rollouts.finished[places] for places in drawn]),
             step=torch.full((len(chosen),), step),
         )
-        return self.with_known(batch)
 
     def with_known(self, batch: Batch) -> Batch:
         """The batch with the log-probabilities that stay fixed while it is learnt from."""
-        temperature = self.config.rollout.temperature
+        temperature = self.scoring_temperature
         with self.policy.reference():
             known = {"reference": known_logprobs(self.policy, batch, temperature)}
         if self.needs_centre:
@@ -185,14 +199,14 @@ class OnlinePreference(Method):
                 yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
 
     def compared(self, batch: Batch) -> Compared:
-        """The batch under the policy, at the temperature it was sampled at."""
+        """The batch under the policy."""
         others = ("centre",) if self.needs_centre else ()
-        return compared(self.policy, batch, others, self.config.rollout.temperature)
+        return compared(self.policy, batch, others, self.scoring_temperature)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         found = self.compared(batch)
         value = self.losses(found).sum() / batch.items
-        return value, comparison_metrics(self.config.beta * found.log_ratio, found)
+        return value, comparison_metrics(self.implicit_rewards(found), found)
 
     def describe_batch(self, batch: Batch) -> Metrics:
         return {
