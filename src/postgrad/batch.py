@@ -64,6 +64,14 @@ class Batch:
         """The chosen items `[n]` as a whole batch of their own."""
         return Batch(**self._take(index))
 
+    def joined(self, other: "Batch") -> "Batch":
+        """These items and then those of `other`, which has the same fields, as a whole batch."""
+        fields: dict[str, Any] = {}
+        for name, more in other.fields().items():
+            own = self._fields[name]
+            fields[name] = torch.cat([own, more]) if isinstance(own, Tensor) else [*own, *more]
+        return Batch(**fields)
+
     def split(self, budget: int | None) -> Iterator["Batch"]:
         """Consecutive parts whose cost adds up to at most `budget` (at least one item each).
 

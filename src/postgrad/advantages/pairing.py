@@ -1,10 +1,12 @@
 """From judged samples to pairs and lists: which responses are learnt from, best first.
 
 A group is K responses to one prompt. `preferences` `[K, K]` holds P(i preferred to j), with
-P + P^T = 1. Signed preferences are 2 P - 1, so that M + M^T = 0.
+P + P^T = 1. Signed preferences are 2 P - 1, so that M + M^T = 0. Functions that choose return
+indices into the group.
 """
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -183,3 +185,79 @@ class PreferenceQueue:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kept.clear()
         self._kept.extend(state["kept"])
+
+
+def log_odds(probabilities: Tensor, margin: float = 1e-6) -> Tensor:
+    """logit p = log p/(1 - p), in the same shape: a reward, from P(response over a baseline).
+
+    RSO, arXiv 2309.06657. Probabilities are kept `margin` away from 0 and 1, with a warning where
+    that changes any.
+
+    Raises:
+        ValueError: a value is no probability.
+    """
+    if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
+        raise ValueError("probabilities must lie in [0, 1]")
+    kept = probabilities.clamp(margin, 1 - margin)
+    changed = int((kept != probabilities).sum())
+    if changed:
+        warnings.warn(
+            f"{changed} of {probabilities.numel()} preferences are within {margin:g} of 0 or 1: "
+            "their rewards are cut there (softer preferences tell such responses apart)",
+            stacklevel=2,
+        )
+    return kept.logit()
+
+
+def rejection_select(
+    rewards: Tensor, count: int, beta: float, generator: torch.Generator
+) -> list[int]:
+    """`count` of a group's responses, as if drawn from pi exp(r/beta)/Z: statistical rejection.
+
+    `rewards` `[K]` are those of distinct samples of pi (RSO, arXiv 2309.06657). In passes over what
+    is left, in order, each response is accepted with probability
+
+        exp((r - r_max)/beta),    r_max the largest reward that is left when the pass begins
+
+    until `count` are; every pass accepts its best. The order is that of acceptance. With `beta` 0
+    these are the `count` largest, best first; with a large `beta` the first `count`.
+
+    Raises:
+        ValueError: fewer rewards than `count`, a negative `beta`, or rewards that are not finite.
+    """
+    if rewards.ndim != 1 or not 1 <= count <= len(rewards):
+        raise ValueError(f"cannot accept {count} responses of rewards {list(rewards.shape)}")
+    if not beta >= 0:
+        raise ValueError(f"beta must be 0 or above, got {beta}")
+    if not bool(rewards.isfinite().all()):
+        raise ValueError("rewards must be finite")
+    if beta == 0:
+        return rewards.argsort(descending=True, stable=True)[:count].tolist()
+    accepted: list[int] = []
+    left = torch.arange(len(rewards))
+    while len(accepted) < count:
+        chance = ((rewards[left] - rewards[left].max()) / beta).exp()
+        taken = torch.rand(len(left), generator=generator, dtype=chance.dtype) < chance
+        accepted += left[taken].tolist()
+        left = left[~taken]
+    return accepted[:count]
+
+
+def knockout(preferences: Tensor) -> list[list[int]]:
+    """The K - 1 matches of a knock-out, the preferred response of each first (RSO, 2309.06657).
+
+    Neighbours meet and winners play on, the last of an odd number without a match.
+    """
+    matches: list[list[int]] = []
+    players = list(range(preferences.shape[-1]))
+    while len(players) > 1:
+        played = [
+            _match(preferences, players[i], players[i + 1]) for i in range(0, len(players) - 1, 2)
+        ]
+        matches += played
+        players = [winner for winner, _ in played] + players[2 * len(played) :]
+    return matches
+
+
+def _match(preferences: Tensor, i: int, j: int) -> list[int]:
+    return [i, j] if preferences[i, j] >= 0.5 else [j, i]

@@ -1,10 +1,10 @@
 """Methods that learn from preferences between their own samples."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +94,20 @@ class OnlineSettings(JudgedSettings):
 
 
 @dataclass(frozen=True)
-class _Response:
+class Response:
+    """One of the responses to a prompt that are compared; `own` if the policy sampled it."""
+
     text: str
     tokens: Tensor
     finished: bool
-    own: bool  # a sample of the policy
+    own: bool
+
+    @classmethod
+    def sampled(cls, rollouts: Rollouts, places: Iterable[int]) -> list[Self]:
+        return [
+            cls(rollouts.texts[i], rollouts.responses[i], bool(rollouts.finished[i]), True)
+            for i in places
+        ]
 
 
 class OnlinePreference(Method):
@@ -147,6 +156,15 @@ class OnlinePreference(Method):
     def losses(self, found: Compared) -> Tensor:
         """The loss `[B]` of each comparison."""
 
+    @property
+    def scoring_temperature(self) -> float:
+        """The temperature of the log-probabilities: that which the responses were sampled at."""
+        return self.config.rollout.temperature
+
+    def implicit_rewards(self, found: Compared) -> Tensor:
+        """What the policy thinks of the responses, `[B, K]`: for metrics."""
+        return self.config.beta * found.log_ratio
+
     def choose(self, preferences: Tensor) -> list[list[int]]:
         """The comparisons learnt from, best first, of a group's P(i over j) `[K, K]`."""
         return [best_and_worst(preferences)]
@@ -173,12 +191,31 @@ class OnlinePreference(Method):
 
     def collect(self, step: int) -> Batch:
         index = self.order.indices(step).tolist()
-        rows = [self.data.rows[i] for i in index]
         rollouts = self.roll_out([self.prompts[i] for i in index], "rollout", step)
-        groups = [self._group(row, rollouts, number) for number, row in enumerate(rows)]
+        size = self.config.rollout.samples
+        groups = [
+            Response.sampled(rollouts, range(number * size, (number + 1) * size))
+            + self._given(self.data.rows[i])
+            for number, i in enumerate(index)
+        ]
+        return self.with_known(self.judged(index, groups, step))
+
+    def _given(self, row: dict[str, Any]) -> list[Response]:
+        room = self.config.rollout.max_new_tokens
+        made = []
+        for text in self.given_responses(row):
+            tokens = self.policy.encode_response(text)
+            kept = tokens[:room]
+            made.append(Response(self.policy.decode(kept), kept, len(kept) == len(tokens), False))
+        return made
+
+    def judged(self, index: list[int], groups: list[list[Response]], step: int) -> Batch:
+        """The comparisons that `choose` makes of groups of responses to the prompts `index`."""
         with timed("reward"):
             preferences = preference_matrices(
-                self.preference, rows, [[one.text for one in group] for group in groups]
+                self.preference,
+                [self.data.rows[i] for i in index],
+                [[one.text for one in group] for group in groups],
             )
         chosen = [
             (number, places)
@@ -193,7 +230,7 @@ class OnlinePreference(Method):
         scores = [win_rates(matrix) for matrix in preferences]
         members = [[groups[number][i] for i in places] for number, places in chosen]
         unlike = [len({one.text for one in group}) > 1 for group in groups]
-        batch = comparison_batch(
+        return comparison_batch(
             [self.prompts[index[number]] for number, _ in chosen],
             [[one.tokens for one in several] for several in members],
             torch.stack([scores[number][places] for number, places in chosen]).float(),
@@ -203,25 +240,10 @@ class OnlinePreference(Method):
             own=torch.tensor([[one.own for one in several] for several in members]),
             step=torch.full((len(chosen),), step),
         )
-        return self.with_known(batch)
-
-    def _group(self, row: dict[str, Any], rollouts: Rollouts, number: int) -> list[_Response]:
-        """The responses to a prompt: its samples, then those given."""
-        size, room = self.config.rollout.samples, self.config.rollout.max_new_tokens
-        group = [
-            _Response(rollouts.texts[i], rollouts.responses[i], bool(rollouts.finished[i]), True)
-            for i in range(number * size, (number + 1) * size)
-        ]
-        for text in self.given_responses(row):
-            tokens = self.policy.encode_response(text)
-            kept = tokens[:room]
-            whole = len(kept) == len(tokens)
-            group.append(_Response(self.policy.decode(kept), kept, whole, False))
-        return group
 
     def with_known(self, batch: Batch) -> Batch:
         """The batch with the log-probabilities that stay fixed while it is learnt from."""
-        temperature = self.config.rollout.temperature
+        temperature = self.scoring_temperature
         with self.policy.reference():
             known = {"reference": known_logprobs(self.policy, batch, temperature)}
         if self.needs_centre:
@@ -241,14 +263,14 @@ class OnlinePreference(Method):
                 yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
 
     def compared(self, batch: Batch) -> Compared:
-        """The batch under the policy, at the temperature it was sampled at."""
+        """The batch under the policy."""
         others = ("centre",) if self.needs_centre else ()
-        return compared(self.policy, batch, others, self.config.rollout.temperature)
+        return compared(self.policy, batch, others, self.scoring_temperature)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         found = self.compared(batch)
         value = self.losses(found).sum() / batch.items
-        return value, comparison_metrics(self.config.beta * found.log_ratio, found)
+        return value, comparison_metrics(self.implicit_rewards(found), found)
 
     def describe_batch(self, batch: Batch) -> Metrics:
         return {

@@ -1,0 +1,152 @@
+"""RSO's claim: pairs of the estimated optimal policy teach more than pairs of another policy."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgrad.advantages.pairing import rejection_select
+from postgrad.claims.base import Outcome
+from postgrad.claims.opinions import (
+    TOKENS,
+    gold,
+    preferences,
+    reference_policy,
+    sample,
+    subjects,
+    trained,
+)
+from postgrad.objectives.pairwise import logistic
+from postgrad.seeding import generator
+
+STEPS = 100
+EARLY = 100  # steps of learning after which the policy that writes the data's pairs stopped
+CANDIDATES, ACCEPTED = 32, 4
+LEARNING_RATE = 1e-4
+ARMS: dict[str, dict[str, Any]] = {
+    "RSO": {"source": "rso-sample-rank"},
+    "RSO, hinge-norm": {"source": "rso-sample-rank", "loss": "hinge-norm"},
+    "sft-sample-rank": {"source": "sft-sample-rank"},
+    "direct": {"source": "direct"},
+}
+
+
+class Ranker:
+    """P(first over second) by a logistic regression on the words of both, fitted to pairs."""
+
+    def __init__(self, rows: list[dict[str, str]]):
+        texts = [row[name] for row in rows for name in ("chosen", "rejected")]
+        every = sorted({word for text in texts for word in _words(text)})
+        self._columns = {word: i for i, word in enumerate(every)}
+        self._weights = torch.zeros(len(every), dtype=torch.float64, requires_grad=True)
+        chosen, rejected = (
+            self._counts([row[name] for row in rows]) for name in ("chosen", "rejected")
+        )
+        optimiser = torch.optim.LBFGS([self._weights], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            likelihood = logistic((chosen - rejected) @ self._weights).sum()
+            value = likelihood + 0.5 * self._weights.square().sum()  # a standard normal prior
+            value.backward()
+            return value
+
+        optimiser.step(closure)
+
+    def __call__(self, first: list[str], second: list[str]) -> list[float]:
+        gaps = (self._counts(first) - self._counts(second)) @ self._weights.detach()
+        values: list[float] = torch.sigmoid(gaps).tolist()
+        return values
+
+    def accuracy(self, texts: list[str]) -> float:
+        """How often it orders neighbours as the gold reward does, where that differs."""
+        first, second = texts[::2], texts[1::2]
+        gaps = torch.tensor([gold(a) - gold(b) for a, b in zip(first, second, strict=True)])
+        said = torch.tensor(self(first, second)) - 0.5
+        return float((said * gaps > 0)[gaps != 0].float().mean())
+
+    def _counts(self, texts: list[str]) -> Tensor:
+        counts = torch.zeros(len(texts), len(self._columns), dtype=torch.float64)
+        for row, text in enumerate(texts):
+            for word in _words(text):
+                if word in self._columns:
+                    counts[row, self._columns[word]] += 1
+        return counts
+
+
+def _words(text: str) -> list[str]:
+    return re.findall("[a-z]+", text)
+
+
+def run(arm: str, seed: int, quick: bool) -> Outcome:
+    policy = reference_policy(seed, *([5] if quick else []))
+    rows = preferences(reference_policy(seed + 1000, 4 if quick else EARLY), seed)
+    ranker = Ranker(rows)
+    known = {"accuracy of the ranker": ranker.accuracy(
+        sample(policy, subjects()["test"], 10, "ranker", seed).texts)}  # fmt: skip
+    curves: dict[str, list[tuple[float, float]]] = {}
+    if arm == "RSO":
+        found, curves = on_a_table(seed, 200 if quick else 20_000)
+        known |= found
+    direct = arm == "direct"
+    outcome = trained(
+        "rso",
+        {
+            "batch_size": 32 if direct else 32 // (ACCEPTED // 2),
+            "rollout": {
+                "samples": 8 if quick else CANDIDATES,
+                "max_new_tokens": TOKENS,
+                "temperature": 1.0,
+                "top_k": 0,
+            },
+            "accepted": ACCEPTED,
+            "learning_rate": LEARNING_RATE,
+            **ARMS[arm],
+        },
+        policy,
+        {
+            "data": rows if direct else [{"prompt": text} for text in subjects()["training"]],
+            "preference": ranker,
+        },
+        seed,
+        steps=2 if quick else STEPS,
+        every=2 if quick else 10,
+        samples=30 if quick else 600,
+    )
+    return Outcome({**outcome.values, **known}, {**outcome.curves, **curves})
+
+
+def on_a_table(
+    seed: int, draws: int, outcomes: int = 50
+) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
+    """How far the law of the first accepted sample is from pi_r, by the number of candidates.
+
+    One prompt with known pi_sft and rewards, duplicates not merged; the distance is total
+    variation.
+    """
+    random = generator(seed, "table")
+    reward, logits = torch.randn(2, outcomes, generator=random, dtype=torch.float64)
+    policy = logits.softmax(0)
+    optimum = (logits + reward / 0.5).softmax(0)
+    curve = []
+    for size in (1, 2, 4, 8, 16, 32, 64, 512):
+        counts = torch.zeros(outcomes, dtype=torch.float64)
+        for part in torch.full((draws,), size).split(1000):
+            candidates = policy.multinomial(len(part) * size, replacement=True, generator=random)
+            for group in candidates.view(-1, size):
+                counts[group[rejection_select(reward[group], 1, 0.5, random)]] += 1
+        distance = 0.5 * float((counts / draws - optimum).abs().sum())
+        curve.append((float(size), distance))
+    noise = policy.new_tensor(
+        [
+            0.5 * float((torch.bincount(optimum.multinomial(draws, True, generator=random),
+                                        minlength=outcomes) / draws - optimum).abs().sum())
+            for _ in range(20)
+        ]
+    )  # fmt: skip
+    values = {f"distance to pi_r of {size:g} candidates": gap for size, gap in curve}
+    return (
+        {**values, "distance of as many draws from pi_r": float(noise.mean())},
+        {"distance to pi_r": curve},
+    )
