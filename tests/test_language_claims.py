@@ -7,7 +7,7 @@ import torch
 
 from language_runs import SMALL, untimed
 from postgrad.api import train
-from postgrad.claims import dpo, opinions, rdpo
+from postgrad.claims import dpo, opinions, pro, rdpo
 from postgrad.claims.log_linear_bandit import Bandit
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.language import load_policy
@@ -72,6 +72,58 @@ def test_labels_follow_bradley_terry_and_flip_once(monkeypatch):
     assert opinions.preferences(None, seed=0, flip_rate=0.3) == flipped
 
 
+def test_lists_are_scored_by_gold_with_noise(monkeypatch):
+    """Subjects in turn get six different opinions, six equal ones, and five that are empty."""
+
+    def texts(policy, prompts, count, *stream):
+        several = [
+            [f" good{', good' * i}." for i in range(count)],
+            [" bad."] * count,
+            [" "] * (count - 1) + [" good."],
+        ]
+
+        class Said:
+            texts = [text for i in range(len(prompts)) for text in several[i % 3]]
+
+        return Said
+
+    monkeypatch.setattr(opinions, "sample", texts)
+    rows = opinions.rankings(None, seed=0, size=6)
+    assert len(rows) == 50
+    assert all(len(row["responses"]) == len(row["scores"]) == 6 for row in rows)
+    errors = torch.tensor(
+        [
+            score - opinions.gold(text)
+            for row in rows
+            for text, score in zip(row["responses"], row["scores"], strict=True)
+        ]
+    )
+    # within four standard errors
+    assert float(errors.mean()) == pytest.approx(0, abs=4 / 300**0.5)
+    assert float(errors.std()) == pytest.approx(1, abs=4 / 600**0.5)
+    assert opinions.rankings(None, seed=0, size=6) == rows
+
+
+def test_lists_of_the_bandit_hold_different_actions_and_noisy_rewards():
+    bandit = Bandit.draw(0, 0, 0.0)
+    prompt, actions, values = bandit.lists(0, 2000, 8, noise=0.5)
+    assert all(len(set(several)) == 8 for several in actions.tolist())
+    reward = (bandit.features @ bandit.weights)[prompt].gather(1, actions)
+    assert float((values - reward).std()) == pytest.approx(0.5, abs=0.02)
+    _, shorter, fewer = bandit.lists(0, 2000, 2, noise=0.5)
+    assert shorter.equal(actions[:, :2])
+    assert fewer.equal(values[:, :2])
+
+
+def test_at_a_fixed_divergence_no_direction_beats_the_true_weights():
+    bandit = Bandit.draw(0, 0, 0.0)
+    best = bandit.reward_at(bandit.weights, 1.0)
+    assert bandit.reward_at(7 * bandit.weights, 1.0) == pytest.approx(best)
+    for _ in range(5):
+        other = bandit.weights + 0.3 * torch.randn(8, dtype=torch.float64)
+        assert bandit.reward_at(other, 1.0) < best
+
+
 def test_the_bandits_optimum_is_where_its_reward_is():
     bandit = Bandit.draw(0, 100, 0.0)
     assert bandit.gap(bandit.weights) == pytest.approx(0, abs=1e-12)
@@ -95,6 +147,11 @@ def test_with_much_data_rdpo_finds_the_clean_reward_and_dpo_does_not():
     plain = bandit.fit(logistic)
     assert bandit.error(corrected) < 0.12
     assert bandit.error(plain) > 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pros_tabular_optimum_is_the_world_that_ranked(seed):
+    assert abs(pro.tabular_divergence(seed)) < 1e-6
 
 
 @pytest.mark.parametrize("seed", range(3))

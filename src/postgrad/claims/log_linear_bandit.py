@@ -62,15 +62,41 @@ class Bandit:
         optimiser.step(closure)
         return theta.detach()
 
+    def lists(self, seed: int, count: int, size: int, noise: float) -> tuple[Tensor, ...]:
+        """Prompts `[n]`, `size` different actions of each `[n, K]`, and their rewards with noise.
+
+        The noise is normal with that standard deviation.
+        """
+        random = generator(seed, "lists", count)
+        prompt = torch.randint(PROMPTS, (count,), generator=random)
+        actions = torch.rand(count, ACTIONS, generator=random).argsort(1)
+        errors = torch.randn(count, ACTIONS, generator=random, dtype=torch.float64)
+        reward = (self.features @ self.weights)[prompt].gather(1, actions) + noise * errors
+        return prompt, actions[:, :size], reward[:, :size]
+
+    def reward_at(self, theta: Tensor, divergence: float) -> float:
+        """Expected reward at this KL to the reference, reached by scaling theta alone."""
+        low, high = 0.0, 100 / float(theta.norm())
+        for _ in range(60):
+            middle = (low + high) / 2
+            too_far = self._moments(middle * theta)[1] > divergence
+            low, high = (low, middle) if too_far else (middle, high)
+        return self._moments(low * theta)[0]
+
     def gap(self, theta: Tensor) -> float:
         """J(pi*) - J(pi_theta), J = E[r] - beta KL(pi || pi_ref), the mean over prompts."""
         return self._objective(self.weights / BETA) - self._objective(theta)
 
     def _objective(self, theta: Tensor) -> float:
+        reward, divergence = self._moments(theta)
+        return reward - BETA * divergence
+
+    def _moments(self, theta: Tensor) -> tuple[float, float]:
+        """Expected reward and KL to the reference, means over prompts."""
         log_policy = (self.features @ theta).log_softmax(-1)
         policy, reward = log_policy.exp(), self.features @ self.weights
         divergence = (policy * (log_policy + math.log(ACTIONS))).sum(-1)
-        return float(((policy * reward).sum(-1) - BETA * divergence).mean())
+        return float((policy * reward).sum(-1).mean()), float(divergence.mean())
 
     def error(self, theta: Tensor) -> float:
         """Distance of the implicit reward's weights beta theta from the true ones."""

@@ -152,6 +152,30 @@ def preferences(
     return rows
 
 
+def rankings(
+    policy: LanguagePolicy, seed: int, size: int, noise: float = 1.0
+) -> list[dict[str, Any]]:
+    """A list of `size` opinions on every training subject, scored by gold reward plus noise.
+
+    The noise is normal with that standard deviation. Empty and repeated opinions are left out.
+    """
+    prompts = subjects()["training"]
+    texts = sample(policy, prompts, size, "lists", seed).texts
+    errors = noise * torch.randn(len(texts), generator=generator(seed, "scores"))
+    rows = []
+    for i, prompt in enumerate(prompts):
+        scores = {
+            texts[j]: gold(texts[j]) + float(errors[j])
+            for j in range(i * size, (i + 1) * size)
+            if texts[j].strip()
+        }
+        if len(scores) > 1:
+            rows.append(
+                {"prompt": prompt, "responses": list(scores), "scores": list(scores.values())}
+            )
+    return rows
+
+
 @dataclass(frozen=True)
 class Measured:
     """Mean gold reward of fresh opinions, and KL to the reference estimated from the same."""
