@@ -8,6 +8,7 @@ import torch
 from language_runs import SMALL, assert_same_run, moved, write_rows
 from postgrad.advantages.running_means import MovingMean, PartitionFunctions
 from postgrad.api import resume, train
+from postgrad.claims import f_dpg
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -467,3 +468,20 @@ def test_a_bad_setting_is_named(reward, setting, message, tmp_path):
         train("f-dpg", data=ROWS, output=tmp_path / "run", **{**SMALL, **setting, **objects})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+# The claim ------------------------------------------------------------------------------------
+
+
+def test_the_constraint_of_the_table_has_the_base_rate():
+    log_base, binary = f_dpg.world(0, 2000)
+    assert float(log_base.exp()[binary].sum()) == pytest.approx(0.05, abs=4e-3)
+    assert f_dpg.says_it([" lovely, old and red.", " old, new and red."]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("arm", f_dpg.NAMES)
+def test_every_divergence_leads_to_the_target(arm):
+    assert f_dpg.exactly(arm, 0, 1500) < 1e-4
+    outcome = f_dpg.in_a_table(arm, 0, 0.05, 60)
+    kl = [value for _, value in outcome.curves[f_dpg.METRIC]]
+    assert kl[-1] < kl[0] - 1

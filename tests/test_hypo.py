@@ -7,6 +7,7 @@ import torch
 
 from language_runs import SMALL, assert_same_run, moved, write_rows
 from postgrad.api import resume, train
+from postgrad.claims import hypo
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -262,3 +263,22 @@ def test_one_sample_does_for_the_other_estimators():
         method = made(estimator=estimator, rollout={"samples": 1, "max_new_tokens": 5})
         loss, _ = method.loss(method.collect(0))
         assert loss.isfinite()
+
+
+# The claim ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weight", "reward", "divergence"),
+    [(0.0, -0.998, 3.900), (0.03, 0.471, 0.616), (0.05, 0.594, 0.274), (0.1, 0.583, 0.076)],
+)
+def test_the_exact_minima_of_the_three_arms(weight, reward, divergence):
+    found = hypo.judged(hypo.exact_minimum(weight))
+    assert found == pytest.approx((reward, divergence), abs=6e-4)
+
+
+def test_samples_find_the_exact_minimum():
+    expected, _ = hypo.judged(hypo.exact_minimum(0.05))
+    outcome = hypo.on_three_arms(0.1, 0.05, seed=1, steps=600)
+    assert outcome.values[hypo.METRIC] == pytest.approx(expected, abs=0.03)
+    assert hypo.on_three_arms(0.1, 0.0, seed=1, steps=600).values[hypo.METRIC] < -0.9
