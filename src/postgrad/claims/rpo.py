@@ -130,10 +130,10 @@ def on_three_arms(arm: str, seed: int) -> Outcome:
 
 CLAIM = Claim(
     slug="rpo",
-    statement="Fitted to preferences that leave a bad arm out, DPO puts nearly all its mass on that arm; "
-    "RPO, which adds the likelihood of the chosen arm, keeps away from it.",
+    statement="On preferences that leave a bad arm out, DPO puts nearly all its mass on that arm; "
+    "RPO, which adds the likelihood of the chosen arm to DPO's loss, keeps away from it.",
     task="three arms of features 0.5, 0 and 1, reference 0.49, 0.49 and 0.02, true reward 1, 0 and "
-    "-1; one parameter, beta 0.1; 200 Bradley-Terry labels, all of the first arm against the second",
+    "-1; one parameter, beta 0.1; 200 Bradley-Terry labels that compare the first two arms alone",
     metric=METRIC,
     higher_is_better=True,
     method="RPO",
