@@ -5,6 +5,7 @@ import torch
 
 from language_runs import SMALL, assert_same_run, moved, write_rows
 from postgrad.api import resume, train
+from postgrad.claims.rpo import BETA, LOSSES, ThreeArms
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -210,3 +211,29 @@ def test_a_bad_setting_is_named(setting, message, tmp_path):
         train("rpo", data=ROWS, output=run, **{**SMALL, **setting})
     assert "\n" not in str(caught.value)
     assert not run.exists()
+
+
+# The claim's world -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("eta", "reward"), [(0.0, -0.998), (0.005, -0.997), (0.2, -0.024), (0.5, 0.503), (2.0, 0.602)]
+)
+def test_the_three_arms_of_infinite_data(eta, reward):
+    world = ThreeArms()
+    log_policy = world.fitted(lambda delta, won: rpo(BETA * delta, won, eta * BETA), world.wins)
+    assert world.true_reward(log_policy) == pytest.approx(reward, abs=1e-3)
+
+
+def test_dpo_puts_all_on_the_arm_without_data_and_rpo_does_not():
+    world = ThreeArms()
+    assert world.true_reward(world.log_reference) == pytest.approx(0.470)
+    dpo = world.fitted(LOSSES["DPO"], world.wins)
+    assert dpo.exp().tolist() == pytest.approx([0.0011, 0.0000, 0.9989], abs=1e-4)
+    assert world.divergence(dpo) == pytest.approx(3.900, abs=1e-3)
+    found = world.fitted(LOSSES["RPO"], world.wins)
+    assert world.true_reward(found) == pytest.approx(0.595, abs=1e-3)
+    assert world.divergence(found) == pytest.approx(0.268, abs=1e-3)
+    # the margin of the data is DPO's alone: there, it fits the labels exactly
+    ratio = dpo - world.log_reference
+    assert float(BETA * (ratio[0] - ratio[1])) == pytest.approx(1.0, abs=1e-4)

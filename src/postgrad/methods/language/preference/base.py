@@ -209,7 +209,8 @@ class PreferenceMethod(Method):
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         found = self.compared(batch)
         value = self.losses(found).sum() / batch.items
-        terms = {f"loss/{name}": float(t.mean()) for name, t in self.terms(found).items()}
+        with torch.no_grad():
+            terms = {f"loss/{name}": float(t.mean()) for name, t in self.terms(found).items()}
         return value, {**terms, **comparison_metrics(self.implicit_rewards(found), found)}
 
     def evaluate(self) -> Metrics:
