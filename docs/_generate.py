@@ -128,6 +128,7 @@ def catalogue_page() -> str:
         families=families,
         published=len(published),
         ready=sum(entry.status == "ready" for entry in published),
+        trains=sum(entry.status == "trains" for entry in published),
         paged=paged,
         links={entry.slug: paper_facts(entry.slug)["link"] for entry in entries().values()},
         status=_status,
@@ -293,9 +294,7 @@ def _method_navigation() -> list[Any]:
 
 
 def _status(entry: Entry) -> str:
-    if entry.status == "planned" and entry.python is not None:
-        return "implemented, its claim has not been run"
-    return entry.status
+    return "trains; its claim has not been run" if entry.status == "trains" else entry.status
 
 
 def _verdict(entry: Entry) -> str:

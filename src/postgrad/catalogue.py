@@ -21,8 +21,9 @@ RESULTS = _HERE / "claims" / "results"
 class Entry:
     """One row of the catalogue.
 
-    `status` is `ready` (trains from one command and its claim has been run), `planned`, or
-    `baseline` (trains from one command; what the published methods are compared with).
+    `status` is `ready` (trains from one command and its claim has been run), `trains` (its claim
+    has not been run yet), `planned`, or `baseline` (trains from one command; what the published
+    methods are compared with).
     """
 
     slug: str
@@ -54,8 +55,9 @@ def entries() -> dict[str, Entry]:
     listed = tomllib.loads((_HERE / "catalogue.toml").read_text(encoding="utf-8"))
     found = {}
     for row in listed["method"]:
-        ready = "python" in row and (RESULTS / f"{row['slug']}.json").is_file()
-        status = "ready" if ready else "planned"
+        status = "planned"
+        if "python" in row:
+            status = "ready" if (RESULTS / f"{row['slug']}.json").is_file() else "trains"
         found[row["slug"]] = Entry(python=row.pop("python", None), status=status, **row)
     for row in listed["baseline"]:
         found[row["slug"]] = Entry(status="baseline", **row)
