@@ -99,6 +99,13 @@ def test_at_the_reference_every_response_loses_half_its_weight():
 def test_the_loss_is_the_papers_with_the_neighbours_responses_in_the_reference_point():
     method = moved(made(beta=0.3), 0.05)
     batch = method.collect(0)
+    optimiser = torch.optim.Adam(method.policy.parameters(), lr=2e-3)
+    for _ in range(10):  # towards the responses, so that the reference point is positive
+        scores = method.policy.score(batch.prompts, [several[0] for several in batch.responses])
+        optimiser.zero_grad()
+        (-scores.logprobs.sum()).backward()
+        optimiser.step()
+    batch = method.collect(0)
 
     def ratio(prompts, responses):
         with torch.no_grad():
@@ -110,6 +117,8 @@ def test_the_loss_is_the_papers_with_the_neighbours_responses_in_the_reference_p
     own = ratio(batch.prompts, responses)
     others = ratio(batch.prompts, [responses[-1], *responses[:-1]])
     kl = max(0.0, float(others.mean()))
+    assert kl > 1
+    assert abs(kl - float(own.mean())) > 0.01
     assert float(batch.kl[0]) == pytest.approx(kl, abs=1e-3)
     sign = torch.where(batch.desirable, 1.0, -1.0)
     expected = 1 - torch.sigmoid(sign * 0.3 * (own - kl))
