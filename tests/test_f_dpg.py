@@ -476,7 +476,7 @@ def test_a_bad_setting_is_named(reward, setting, message, tmp_path):
 def test_the_constraint_of_the_table_has_the_base_rate():
     log_base, binary = f_dpg.world(0, 2000)
     assert float(log_base.exp()[binary].sum()) == pytest.approx(0.05, abs=4e-3)
-    assert f_dpg.says_it([" lovely, old and red.", " old, new and red."]) == [1.0, 0.0]
+    assert f_dpg.says([" lovely, old and red.", " old, new and red."], "lovely") == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("arm", f_dpg.NAMES)

@@ -1,6 +1,6 @@
 """f-DPG's claim: it meets a constraint and keeps the diversity that reward maximisation loses."""
 
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,16 +130,15 @@ def in_a_table(arm: str, seed: int, rate: float, steps: int) -> Outcome:
 # Opinions -------------------------------------------------------------------------------------
 
 
-def says_it(completions: list[str]) -> list[float]:
-    """1 where the word appears."""
-    return [float(WORD in text) for text in completions]
+def says(completions: list[str], word: str) -> list[float]:
+    """1 where the word (or a part of one) appears."""
+    return [float(word in text) for text in completions]
 
 
-@cache
-def of_base(seed: int, count: int, quick: bool) -> tuple[Rollouts, float]:
-    """Samples of p, which are those of the reference that say the word, and their share Z."""
-    drawn = sample(_reference(seed, quick), [PROMPT], count, "base", seed)
-    said = [i for i, value in enumerate(says_it(drawn.texts)) if value]
+def of_target(policy: LanguagePolicy, word: str, count: int, seed: int) -> tuple[Rollouts, float]:
+    """Samples of p, which are those of the initial policy that say the word, and their share Z."""
+    drawn = sample(policy, [PROMPT], count, "base", seed)
+    said = [i for i, value in enumerate(says(drawn.texts, word)) if value]
     kept = Rollouts(
         [drawn.prompts[i] for i in said],
         [drawn.responses[i] for i in said],
@@ -150,15 +149,12 @@ def of_base(seed: int, count: int, quick: bool) -> tuple[Rollouts, float]:
     return kept, len(said) / count
 
 
-def _reference(seed: int, quick: bool) -> LanguagePolicy:
-    return reference_policy(seed, *([5] if quick else []))
-
-
 def on_opinions(arm: str, seed: int, rate: float, quick: bool) -> Outcome:
     """Opinions on one subject that are to say a word; p is known by rejection."""
-    policy = _reference(seed, quick)
+    policy = reference_policy(seed, *([5] if quick else []))
     policy.freeze_reference()
-    target, share = of_base(seed, 200 if quick else OF_BASE, quick)
+    word = "e" if quick else WORD  # after a few steps the reference hardly says words
+    target, share = of_target(policy, word, 200 if quick else OF_BASE, seed)
     settings: dict[str, Any] = {
         "steps": 4 if quick else OPINION_STEPS,
         "batch_size": 1,
@@ -175,12 +171,12 @@ def on_opinions(arm: str, seed: int, rate: float, quick: bool) -> Outcome:
         slug = "f-dpg"
         settings |= {"target": "binary", "divergence": NAMES[arm]}
         settings |= {"floor": FLOOR} if arm == "RKL-DPG" else {}
-    objects = {"model": policy, "data": [{"prompt": PROMPT}], "reward": says_it}
+    objects = {"model": policy, "data": [{"prompt": PROMPT}], "reward": partial(says, word=word)}
     count = 50 if quick else OF_POLICY
-    followed = [(0, _measured(policy, target, share, count, seed, 0))]
+    followed = [(0, _measured(policy, word, target, share, count, seed, 0))]
     for step, _ in train_in_steps(slug, seed, objects, **settings):
         if step % EVERY == 0 or step == settings["steps"]:
-            followed.append((step, _measured(policy, target, share, count, seed, step)))
+            followed.append((step, _measured(policy, word, target, share, count, seed, step)))
     names = followed[0][1].keys()
     return Outcome(
         {**followed[-1][1], "base rate": share},
@@ -190,7 +186,13 @@ def on_opinions(arm: str, seed: int, rate: float, quick: bool) -> Outcome:
 
 @torch.no_grad()
 def _measured(
-    policy: LanguagePolicy, target: Rollouts, share: float, count: int, seed: int, step: int
+    policy: LanguagePolicy,
+    word: str,
+    target: Rollouts,
+    share: float,
+    count: int,
+    seed: int,
+    step: int,
 ) -> dict[str, float]:
     """KL(p || pi) by samples of p, the rest by fresh samples of the policy."""
 
@@ -203,7 +205,7 @@ def _measured(
     with policy.reference():
         before, before_of_target = scored(own), scored(target)
     log_z = torch.tensor(share).double().log()
-    said = says_it(own.texts)
+    said = says(own.texts, word)
     return {
         METRIC: float((before_of_target - log_z - now_of_target).mean()),
         "E[b]": sum(said) / len(said),
