@@ -1,15 +1,20 @@
 """The claim of differential information: of all rewards only DPO's log-ratio finds the target."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.opinions import TOKENS, preferences, reference_policy, subjects, trained
+from postgrad.claims.opinions import (
+    TOKENS,
+    log_ratios_of,
+    preferences,
+    reference_policy,
+    subjects,
+    trained,
+)
 from postgrad.methods.language.preference.differential_information import measure_information
-from postgrad.models.language import LanguagePolicy
 from postgrad.objectives.gradients import without_lowering
 from postgrad.objectives.information import (
     differential_information,
@@ -19,7 +24,8 @@ from postgrad.objectives.information import (
 from postgrad.objectives.pairwise import hinge, ipo, logistic, pair_weight
 from postgrad.seeding import generator
 
-RESPONSES, STEPS, RATE = 32, 2000, 0.02
+RESPONSES, STEPS, RATE = 32, 2000, 0.05
+COEFFICIENTS = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)  # tried for each rival
 METRIC = "divergence from the target"
 
 # the loss `[V, V]` of every pair of a chosen and a rejected response, from their log-probabilities
@@ -34,15 +40,15 @@ def _log_odds(logp: Tensor) -> Tensor:
 LOSSES: dict[str, tuple[PairLosses, Sequence[float]]] = {
     "DPO": (lambda lw, ll, rw, rl, beta: logistic(beta * (rw - rl)), [1.0]),
     "DPO-PG": (lambda lw, ll, rw, rl, beta: logistic(beta * (rw - rl)), [1.0]),
-    "hinge": (lambda lw, ll, rw, rl, beta: hinge(beta * (rw - rl)), [0.5, 1.0, 2.0]),
-    "IPO": (lambda lw, ll, rw, rl, beta: ipo(rw - rl, beta), [0.5, 1.0, 2.0]),
-    "CPO": (lambda lw, ll, rw, rl, beta: logistic(beta * (lw - ll)) - lw, [0.5, 1.0, 2.0]),
+    "hinge": (lambda lw, ll, rw, rl, beta: hinge(beta * (rw - rl)), COEFFICIENTS),
+    "IPO": (lambda lw, ll, rw, rl, beta: ipo(rw - rl, beta), COEFFICIENTS),
+    "CPO": (lambda lw, ll, rw, rl, beta: logistic(beta * (lw - ll)) - lw, COEFFICIENTS),
     "ORPO": (
         lambda lw, ll, rw, rl, share: share * logistic(_log_odds(lw) - _log_odds(ll)) - lw,
-        [0.1, 1.0, 10.0],
+        COEFFICIENTS,
     ),
-    "SLiC": (lambda lw, ll, rw, rl, share: hinge(lw - ll) - share * lw, [0.1, 1.0, 10.0]),
-    "SimPO": (lambda lw, ll, rw, rl, beta: logistic(beta * (lw - ll - 0.5)), [0.5, 1.0, 2.0]),
+    "SLiC": (lambda lw, ll, rw, rl, share: hinge(lw - ll) - share * lw, COEFFICIENTS),
+    "SimPO": (lambda lw, ll, rw, rl, beta: logistic(beta * (lw - ll - 0.5)), COEFFICIENTS),
 }
 # on a language model
 METHODS = {"DPO": "dpo", "DPO-PG": "differential-information"}
@@ -84,7 +90,9 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     )
     prompts = [policy.render(prompt) for prompt in subjects()["test"]]
     more = measure_information(policy, prompts, 4 if quick else 32, TOKENS, seed)
-    more["change of the chosen log-likelihood"] = change_of_chosen(policy, rows)
+    more["change of the chosen log-likelihood"] = float(
+        log_ratios_of(policy, rows, "chosen").mean()
+    )
     named = {f"opinions: {name}": value for name, value in (found.values | more).items()}
     curves = {f"opinions: {name}": points for name, points in found.curves.items()}
     return Outcome(values | named, curves)
@@ -160,17 +168,6 @@ def of_two_kinds(seed: int, steps: int, divergence: float = 0.5) -> dict[str, fl
             f"{name}: change of the policy's entropy": float(entropy(policy) - entropy(reference)),
         }
     return values
-
-
-@torch.no_grad()
-def change_of_chosen(policy: LanguagePolicy, rows: list[dict[str, Any]]) -> float:
-    """Mean log pi/pi_ref of the chosen responses, in nats."""
-    prompts = [policy.render(row["prompt"]) for row in rows]
-    responses = [policy.encode_response(row["chosen"]) for row in rows]
-    now = policy.score(prompts, responses).logprobs.sum(1)
-    with policy.reference():
-        before = policy.score(prompts, responses).logprobs.sum(1)
-    return float((now - before).mean())
 
 
 CLAIM = Claim(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from postgrad.claims.base import Outcome
 from postgrad.claims.stepping import train_in_steps
@@ -187,12 +188,26 @@ class Measured:
 def measure(policy: LanguagePolicy, split: str, count: int, *stream: Any) -> Measured:
     """`count` opinions on every subject of a split; KL = mean log pi(y)/pi_ref(y), in nats."""
     rollouts = sample(policy, subjects()[split], count, split, *stream)
-    with torch.no_grad():
-        now = policy.score(rollouts.prompts, rollouts.responses).logprobs.sum(1)
-        with policy.reference():
-            before = policy.score(rollouts.prompts, rollouts.responses).logprobs.sum(1)
+    ratios = log_ratios(policy, rollouts.prompts, rollouts.responses)
     rewards = [gold(text) for text in rollouts.texts]
-    return Measured(sum(rewards) / len(rewards), float((now - before).mean()))
+    return Measured(sum(rewards) / len(rewards), float(ratios.mean()))
+
+
+@torch.no_grad()
+def log_ratios(policy: LanguagePolicy, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
+    """log pi/pi_ref `[N]` of responses to prompts."""
+    now = policy.score(prompts, responses).logprobs.sum(1)
+    with policy.reference():
+        return now - policy.score(prompts, responses).logprobs.sum(1)
+
+
+def log_ratios_of(policy: LanguagePolicy, rows: list[dict[str, str]], column: str) -> Tensor:
+    """log pi/pi_ref `[N]` of what stands in one column of preference rows."""
+    return log_ratios(
+        policy,
+        [policy.render(row["prompt"]) for row in rows],
+        [policy.encode_response(row[column]) for row in rows],
+    )
 
 
 def best_of_four(policy: LanguagePolicy, seed: int) -> float:
