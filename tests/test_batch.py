@@ -32,6 +32,13 @@ def test_a_selection_is_a_whole_of_its_own():
     assert (chosen.names, chosen.items, chosen.tokens) == (["c", "a"], 2, 5)
 
 
+def test_joined_batches_are_one_whole():
+    first, second = ragged().split(8)
+    both = second.joined(first)
+    assert (both.names, both.items, both.tokens) == (["c", "d", "a", "b"], 4, 6)
+    assert both.cost.tolist() == [4, 1, 5, 3]
+
+
 def test_fields_must_be_of_one_length_and_unknown_ones_are_named():
     with pytest.raises(ValueError, match="one common length"):
         Batch(a=[1], b=[1, 2])

@@ -7,7 +7,7 @@ import torch
 
 from language_runs import SMALL, untimed
 from postgrad.api import train
-from postgrad.claims import dpo, opinions, pro, rdpo
+from postgrad.claims import copg, dpo, opinions, pro, rdpo, rso
 from postgrad.claims.log_linear_bandit import Bandit
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.language import load_policy
@@ -122,6 +122,31 @@ def test_at_a_fixed_divergence_no_direction_beats_the_true_weights():
     for _ in range(5):
         other = bandit.weights + 0.3 * torch.randn(8, dtype=torch.float64)
         assert bandit.reward_at(other, 1.0) < best
+
+
+def test_a_ranker_learns_which_words_win():
+    rows = [{"chosen": f" good, {w}.", "rejected": f" bad, {w}."} for w in ("old", "new", "red")]
+    ranker = rso.Ranker(rows * 20)
+    said = ranker([" good.", " old.", " bad.", " unheard."], [" bad.", " red.", " good.", " odd."])
+    assert said[0] > 0.9
+    assert said[1] == pytest.approx(0.5, abs=1e-6)
+    assert said[2] == pytest.approx(1 - said[0])
+    assert said[3] == 0.5
+    assert ranker.accuracy([" good.", " bad.", " lovely.", " good, bad, bad."]) == 1.0
+
+
+def test_pairs_for_copg_have_gold_scores_and_for_the_others_ranks():
+    texts = ((" bad.", " good and warm."), (" old.", " new."))
+    rows = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in texts]
+
+    def scores(arm):
+        made = copg.scored(rows, arm)
+        assert made[0]["chosen"] == " good and warm."
+        return [(row["score_chosen"], row["score_rejected"]) for row in made]
+
+    assert scores("CoPG") == [(2.0, -1.0), (0.0, 0.0)]
+    assert scores("IPO") == [(0.25, -0.25), (0.0, 0.0)]
+    assert scores("DPO") == [(0.25, -0.25)]
 
 
 def test_the_bandits_optimum_is_where_its_reward_is():

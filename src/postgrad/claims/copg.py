@@ -9,6 +9,7 @@ from torch import Tensor
 
 from postgrad.claims.base import Outcome
 from postgrad.claims.opinions import TOKENS, gold, preferences, reference_policy, trained
+from postgrad.methods.language.preference.base import PAIR_SCORES
 from postgrad.objectives.pairwise import copg, logistic
 from postgrad.seeding import generator
 
@@ -110,22 +111,33 @@ def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
 
 
 def scored(rows: list[dict[str, str]], arm: str) -> list[dict[str, Any]]:
-    """The pairs with gold rewards; for methods of preferences ranked, without pairs of equals."""
+    """The pairs with gold rewards for CoPG, ranked by them for the others.
+
+    Of equals IPO learns that they are equal; DPO has no label for them and goes without.
+    """
     made: list[dict[str, Any]] = []
     for row in rows:
         texts = sorted((row["chosen"], row["rejected"]), key=gold, reverse=True)
-        rewards = [gold(text) for text in texts]
-        if arm != "CoPG":
-            if rewards[0] == rewards[1]:
-                continue
-            rewards = [0.25, -0.25]
-        made.append(
-            {
-                "prompt": row["prompt"],
-                "chosen": texts[0],
-                "rejected": texts[1],
-                "score_chosen": rewards[0],
-                "score_rejected": rewards[1],
-            }
-        )
-    return made
+        rewards = torch.tensor([[gold(text) for text in texts]])
+        scores = (rewards if arm == "CoPG" else ranked(rewards))[0].tolist()
+        pair = dict(zip(("chosen", "rejected", *PAIR_SCORES), (*texts, *scores), strict=True))
+        if arm != "DPO" or scores[0] > scores[1]:
+            made.append({"prompt": row["prompt"], **pair})
+    return made or [*rows]  # a model that has hardly learnt writes opinions of no worth
+
+
+CLAIM = Claim(
+    slug="copg",
+    statement="From scored pairs of any origin CoPG finds the optimum of KL-regularised reward; "
+    "IPO, which sees only which response is better, ends elsewhere.",
+    task="bandit of three actions: rewards 2.5, 2 and 1, beta 0.5, uniform reference, 10,000 pairs "
+    "from two other policies (0.1, 0.2, 0.7 and 0.05, 0.05, 0.9), Adam, 300 epochs; regret = "
+    "J(optimum) - J(policy), J = expected reward - beta KL",
+    metric=METRIC,
+    higher_is_better=False,
+    method="CoPG",
+    baseline="IPO",
+    arms=tuple(LOSSES),
+    run=run,
+    notes="",
+)

@@ -1,5 +1,6 @@
 """RSO's claim: pairs of the estimated optimal policy teach more than pairs of another policy."""
 
+import math
 import re
 from typing import Any
 
@@ -87,7 +88,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         sample(policy, subjects()["test"], 10, "ranker", seed).texts)}  # fmt: skip
     curves: dict[str, list[tuple[float, float]]] = {}
     if arm == "RSO":
-        found, curves = on_a_table(seed, 200 if quick else 20_000)
+        found, curves = on_a_table(seed, 200 if quick else 10_000)
         known |= found
     direct = arm == "direct"
     outcome = trained(
@@ -118,35 +119,44 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
 
 
 def on_a_table(
-    seed: int, draws: int, outcomes: int = 50
+    seed: int, draws: int, outcomes: int = 50, beta: float = 0.5
 ) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
     """How far the law of the first accepted sample is from pi_r, by the number of candidates.
 
-    One prompt with known pi_sft and rewards, duplicates not merged; the distance is total
-    variation.
+    One prompt with known pi_sft and rewards; duplicates are not merged; total variation.
     """
     random = generator(seed, "table")
-    reward, logits = torch.randn(2, outcomes, generator=random, dtype=torch.float64)
-    policy = logits.softmax(0)
-    optimum = (logits + reward / 0.5).softmax(0)
+    rewards, logits = torch.randn(2, outcomes, generator=random, dtype=torch.float64)
+    optimum = (logits + rewards / beta).softmax(0)
     curve = []
     for size in (1, 2, 4, 8, 16, 32, 64, 512):
         counts = torch.zeros(outcomes, dtype=torch.float64)
-        for part in torch.full((draws,), size).split(1000):
-            candidates = policy.multinomial(len(part) * size, replacement=True, generator=random)
-            for group in candidates.view(-1, size):
-                counts[group[rejection_select(reward[group], 1, 0.5, random)]] += 1
-        distance = 0.5 * float((counts / draws - optimum).abs().sum())
-        curve.append((float(size), distance))
-    noise = policy.new_tensor(
-        [
-            0.5 * float((torch.bincount(optimum.multinomial(draws, True, generator=random),
-                                        minlength=outcomes) / draws - optimum).abs().sum())
-            for _ in range(20)
-        ]
-    )  # fmt: skip
-    values = {f"distance to pi_r of {size:g} candidates": gap for size, gap in curve}
-    return (
-        {**values, "distance of as many draws from pi_r": float(noise.mean())},
-        {"distance to pi_r": curve},
-    )
+        for _ in range(draws):
+            candidates = logits.softmax(0).multinomial(size, replacement=True, generator=random)
+            accepted = rejection_select(rewards[candidates], 1, beta, random)
+            counts[candidates[accepted]] += 1
+        curve.append((float(size), 0.5 * float((counts / draws - optimum).abs().sum())))
+    values = {f"distance to pi_r from {size:g} candidates": gap for size, gap in curve}
+    # what the distance of as many draws from pi_r itself would be
+    noise = (optimum * (1 - optimum) / (2 * math.pi * draws)).sqrt().sum()
+    return {**values, "its sampling noise": float(noise)}, {"distance to pi_r": curve}
+
+
+CLAIM = Claim(
+    slug="rso",
+    statement="From the same human labels, equal numbers of pairs teach more when they are drawn "
+    "from the estimated optimal policy (RSO) than when another policy wrote them (direct, as in "
+    "DPO).",
+    task="a tiny language model writes opinions such as `the soup was warm, old and bitter.`; gold "
+    "reward = approving words - disapproving words; 300 pairs with Bradley-Terry labels, written "
+    "by another, half-trained model; a ranker (logistic regression on words) is fitted to them and "
+    "ranks 32 candidates on each of 150 subjects, of which 4 make 2 pairs; measured on 30 other "
+    "subjects",
+    metric=METRIC,
+    higher_is_better=True,
+    method="RSO",
+    baseline="direct",
+    arms=tuple(ARMS),
+    run=run,
+    notes="",
+)
