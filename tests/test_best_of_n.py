@@ -105,7 +105,7 @@ def test_it_learns_to_say_letters(tmp_path):
         **SHORT,
     )
     rewards = [row["reward"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 1
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.5
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
