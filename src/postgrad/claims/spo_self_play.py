@@ -1,8 +1,6 @@
-"""SPO's claim: where preferences are cyclic, self-play ends where a reward model is beaten."""
+"""SPO's claim: self-play ends where no response beats it, a reward model does not."""
 
 import math
-import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,125 +21,174 @@ from postgrad.claims.opinions import (
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.language import LanguagePolicy
 from postgrad.objectives.game import exploitability, hedge_self_play, random_game
+from postgrad.seeding import generator
 
-STEPS, EVERY, SAMPLES = 100, 5, 4
-METRIC = "exploitability"
-TONES = (APPROVING, DISAPPROVING, NEUTRAL)
-STRENGTHS = 4  # 0 to 3 words of one tone
-BETTER = 0.9
+GAMES, RESPONSES, ROUNDS = 10, 10, 2000
+STEPS, EVERY, SAMPLES, COUNT = 100, 5, 4, 10
+METRIC = "exploitability of the average"
+TONES = ("approving", "disapproving", "neutral")
 
-# learning rates: see the notes
-ARMS: dict[str, float] = {
-    "SPO": 1e-4,
-    "reward model, refitted": 1e-4,
-    "reward model, fitted once": 1e-4,
+STEP = math.sqrt(8 * math.log(RESPONSES) / ROUNDS)  # which bounds the regret best
+# step size in tables and learning rate on the language model: see the notes
+ARMS: dict[str, tuple[float, float]] = {
+    "SPO": (3 * STEP, 1e-4),
+    "reward model": (0.03 * STEP, 1e-4),
+    "reward model, newest comparisons": (0.5 * STEP, 1e-4),
+    "reward model, first comparisons": (0.03 * STEP, 1e-4),
 }
 
 
-def kind_of(text: str) -> int:
-    """Which tone most words have, and how many (at most three): `tone * 4 + words`."""
-    which = tone(text)
-    words = sum(word in TONES[which] for word in re.findall("[a-z]+", text))
-    return which * STRENGTHS + min(words, STRENGTHS - 1)
+def run(arm: str, seed: int, quick: bool) -> Outcome:
+    step, learning_rate = ARMS[arm]
+    exact = in_tables(arm, step, seed, 50 if quick else ROUNDS)
+    policy = reference_policy(seed, *([5] if quick else []))
+    found = on_opinions(arm, learning_rate, policy, seed, 5 if quick else STEPS)
+    return Outcome(
+        exact | {f"opinions: {name}": value for name, value in found.values.items()},
+        {f"opinions: {name}": curve for name, curve in found.curves.items()},
+    )
 
 
-def judge(first: list[str], second: list[str]) -> list[float]:
-    """P(first over second): 0.9 for the more uniform tone; of equals, the tones beat in a cycle."""
-    strengths = [
-        (kind_of(one) % STRENGTHS, kind_of(other) % STRENGTHS)
-        for one, other in zip(first, second, strict=True)
-    ]
-    return [
-        cycle if one == other else BETTER if one > other else 1 - BETTER
-        for (one, other), cycle in zip(strengths, cyclic_preference(first, second), strict=True)
-    ]
+# In tables ----------------------------------------------------------------------------------
 
 
-def game() -> Tensor:
-    """P `[12, 12]` float64: the judge, of kinds of opinions."""
-    texts = [
-        " ".join(TONES[which][:strength]) or "-"
-        for which in range(len(TONES))
-        for strength in range(STRENGTHS)
-    ]
-    return torch.tensor([judge([one] * len(texts), texts) for one in texts], dtype=torch.float64)
+def in_tables(arm: str, step: float, seed: int, rounds: int) -> dict[str, float]:
+    """Means over random games of what the average policy and the last one lose to some response."""
+    found = {METRIC: 0.0, "exploitability of the last": 0.0, "exploitability at the start": 0.0}
+    start = torch.zeros(RESPONSES, dtype=torch.float64)
+    for number in range(GAMES):
+        game = random_game(RESPONSES, generator(seed, "game", number))
+        if arm == "SPO":
+            average, last = hedge_self_play(game, start, step, rounds)
+        else:
+            average, last = with_reward_model(game, start, step, rounds, arm)
+        for name, policy in zip(found, (average, last, start.softmax(0)), strict=True):
+            found[name] += float(exploitability(game, policy)) / GAMES
+    return found
+
+
+def with_reward_model(
+    game: Tensor, logits: Tensor, step: float, rounds: int, arm: str
+) -> tuple[Tensor, Tensor]:
+    """The same steps on Bradley-Terry scores.
+
+    They are fitted to the comparisons between samples of all policies so far, of the newest policy,
+    or of the first policy, as the arm says.
+    """
+    wins, scores = torch.zeros_like(game), torch.zeros_like(logits)
+    total, policy = torch.zeros_like(logits), logits.softmax(0)
+    for number in range(rounds):
+        policy = logits.softmax(0)
+        total = total + policy
+        if number == 0 or "first" not in arm:
+            fresh = torch.outer(policy, policy) * game
+            wins = fresh if "newest" in arm else wins + fresh
+            scores = bradley_terry(wins, scores)
+        logits = logits + step * scores
+    return total / rounds, policy
+
+
+def bradley_terry(wins: Tensor, scores: Tensor, ridge: float = 1e-3, steps: int = 20) -> Tensor:
+    """Scores `[K]` of highest likelihood; `wins` `[K, K]` is how often each beat each.
+
+    Newton's method from `scores`; the small ridge keeps what was never compared at 0.
+    """
+    wins = wins / wins.sum()
+    compared = wins + wins.mT
+    for _ in range(steps):
+        likely = torch.sigmoid(scores[:, None] - scores[None, :])
+        slope = (wins - compared * likely).sum(1) - ridge * scores
+        pull = compared * likely * (1 - likely)
+        curvature = pull.sum(1).diag() - pull + ridge * torch.eye(len(scores)).to(pull)
+        change = torch.linalg.solve(curvature, slope).clamp(-1, 1)
+        scores = scores + change
+        if float(change.abs().max()) < 1e-9:
+            break
+    return scores
+
+
+# On a language model ------------------------------------------------------------------------
 
 
 class RewardModel:
-    """Bradley-Terry scores of the kinds of opinions, by maximum likelihood.
+    """Bradley-Terry scores of the three tones: of an opinion it sees all that the judge sees.
 
-    It sees of an opinion all that the judge sees, and nothing that would mislead it. Called as a
-    reward, it first takes in the comparisons of each prompt's samples with each other, unless
-    `fixed`, and is fitted again to all that it has seen.
+    Called as a reward it takes in the comparisons of each prompt's samples with each other, unless
+    `fixed`, and is fitted again: to all that it has seen, or with `newest` to these alone.
     """
 
-    def __init__(self, fixed: bool = False):
-        self.fixed = fixed
-        self._game = game()
-        self._wins = torch.zeros_like(self._game)
-        self._scores = torch.zeros(len(self._game), dtype=torch.float64)
+    def __init__(self, newest: bool) -> None:
+        self.fixed = False
+        self._newest = newest
+        self._wins = torch.zeros(3, 3, dtype=torch.float64)
+        self._scores = torch.zeros(3, dtype=torch.float64)
 
-    def see(self, prompts: Iterable[str], completions: Iterable[str]) -> None:
-        groups: dict[str, list[int]] = {}
+    def see(self, prompts: list[str], completions: list[str]) -> None:
+        groups: dict[str, list[str]] = {}
         for prompt, text in zip(prompts, completions, strict=True):
-            groups.setdefault(prompt, []).append(kind_of(text))
-        for kinds in groups.values():
-            for i, one in enumerate(kinds):
-                for other in kinds[:i]:
-                    self._wins[one, other] += self._game[one, other]
-                    self._wins[other, one] += self._game[other, one]
-        self._fit()
-
-    def _fit(self, ridge: float = 0.01) -> None:
-        scores = self._scores.clone().requires_grad_()
-        optimiser = torch.optim.LBFGS([scores], max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimiser.zero_grad()
-            gaps = scores[:, None] - scores[None, :]
-            value = -(self._wins * torch.nn.functional.logsigmoid(gaps)).sum()
-            value = value / self._wins.sum().clamp(min=1) + ridge * scores.square().mean()
-            value.backward()
-            return value
-
-        optimiser.step(closure)
-        self._scores = scores.detach()
+            groups.setdefault(prompt, []).append(text)
+        if self._newest:
+            self._wins.zero_()
+        for texts in groups.values():
+            for i, one in enumerate(texts):
+                said = cyclic_preference([one] * i, texts[:i])
+                for other, wins in zip(texts[:i], said, strict=True):
+                    self._wins[tone(one), tone(other)] += wins
+                    self._wins[tone(other), tone(one)] += 1 - wins
+        self._scores = bradley_terry(self._wins, self._scores)
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
         if not self.fixed:
             self.see(prompts, completions)
-        scores: list[float] = self._scores[[kind_of(text) for text in completions]].tolist()
+        scores: list[float] = self._scores[[tone(text) for text in completions]].tolist()
         return scores
 
 
-def run(arm: str, seed: int, quick: bool) -> Outcome:
-    policy = reference_policy(seed, *([5] if quick else []))
-    found = trained(arm, ARMS[arm], policy, seed, 10 if quick else STEPS, 2 if quick else 20)
-    if arm != "SPO":
-        return found
-    return Outcome(found.values | in_tables(seed, 1000 if quick else 20_000), found.curves)
+def approving(policy: LanguagePolicy, seed: int, steps: int) -> LanguagePolicy:
+    """The policy after fine-tuning on its own approving opinions: it is easily beaten."""
+    prompts = subjects()["training"]
+    texts = sample(policy, prompts, SAMPLES, "approving", seed).texts
+    asked = [prompt for prompt in prompts for _ in range(SAMPLES)]
+    rows = [
+        {"prompt": prompt, "completion": text}
+        for prompt, text in zip(asked, texts, strict=True)
+        if tone(text) == 0 and text.strip()
+    ]
+    training = train_in_steps(
+        "sft",
+        seed,
+        {"model": policy, "data": rows},
+        steps=steps,
+        batch_size=32,
+        learning_rate=3e-4,
+        max_response_tokens=TOKENS,
+    )
+    for _ in training:
+        pass
+    return policy
 
 
-def trained(
-    arm: str, learning_rate: float, policy: LanguagePolicy, seed: int, steps: int, count: int
+def on_opinions(
+    arm: str, learning_rate: float, policy: LanguagePolicy, seed: int, steps: int
 ) -> Outcome:
-    """Train one arm and follow the kinds of `count` opinions on every test subject."""
+    """Train one arm from an approving policy under the cyclic judge, and follow its tones."""
+    policy = approving(policy, seed, min(steps, 30))
     prompts = subjects()["training"]
     objects: dict[str, Any] = {"model": policy, "data": [{"prompt": p} for p in prompts]}
     settings: dict[str, Any] = {}
     if arm == "SPO":
-        slug, objects["preference"] = "spo-self-play", judge
+        slug, objects["preference"] = "spo-self-play", cyclic_preference
     else:
         # the same policy gradient on the scores, less their mean in the group
         slug = "grpo"
         settings = {"normalise": "none", "aggregation": "sequence-sum-constant"}
-        model = RewardModel()
-        if arm == "reward model, fitted once":
+        model = RewardModel("newest" in arm)
+        if "first" in arm:
             texts = sample(policy, prompts, SAMPLES, "comparisons", seed).texts
             model.see([p for p in prompts for _ in range(SAMPLES)], texts)
             model.fixed = True
         objects["reward"] = model
-    measured = [kinds(policy, count, seed, 0)]
+    shares = [tones(policy, seed, 0)]
     training = train_in_steps(
         slug,
         seed,
@@ -156,85 +203,50 @@ def trained(
     )
     for step, _ in training:
         if step % EVERY == 0:
-            measured.append(kinds(policy, count, seed, step))
-    table = game()
-    start, last = measured[0], measured[-1]
-    mixture = torch.stack(measured[len(measured) // 2 :]).mean(0)
-    by_tone = mixture.view(len(TONES), STRENGTHS)
-    whole_tone = [3 + STRENGTHS * which for which in range(len(TONES))]
-    beats = [float(policy_ @ table @ start) for policy_ in measured]
+            shares.append(tones(policy, seed, step))
+    every = torch.stack(shares)
+    words = [" ".join(some) for some in (APPROVING, DISAPPROVING, NEUTRAL)]
+    game = torch.tensor([cyclic_preference([one] * 3, words) for one in words]).double()
+    mixture = every[1:].mean(0)
     return Outcome(
         {
-            METRIC: float(exploitability(table, mixture)),
-            "exploitability of the last policy": float(exploitability(table, last)),
-            "exploitability at the start": float(exploitability(table, start)),
-            "win rate against the start": float(mixture @ table @ start),
-            "win rate of the last policy against the start": beats[-1],
-            "share of opinions of one tone alone": float(mixture[whole_tone].sum()),
-            "largest share of a tone": float(by_tone.sum(1).max()),
-            "largest share of a tone, last policy": float(
-                last.view(len(TONES), STRENGTHS).sum(1).max()
-            ),
+            METRIC: float(exploitability(game, mixture)),
+            "exploitability of the last": float(exploitability(game, every[-1])),
+            "exploitability at the start": float(exploitability(game, every[0])),
+            "largest share of a tone in the average": float(mixture.max()),
+            "largest share of a tone in the last": float(every[-1].max()),
         },
         {
             "exploitability": [
-                (EVERY * i, float(exploitability(table, now))) for i, now in enumerate(measured)
+                (float(EVERY * i), float(exploitability(game, now))) for i, now in enumerate(every)
             ],
-            "win rate against the start": [(EVERY * i, value) for i, value in enumerate(beats)],
             **{
                 f"share of {name} opinions": [
-                    (EVERY * i, float(now.view(len(TONES), STRENGTHS)[which].sum()))
-                    for i, now in enumerate(measured)
+                    (float(EVERY * i), float(now[which])) for i, now in enumerate(every)
                 ]
-                for which, name in enumerate(("approving", "disapproving", "neutral"))
+                for which, name in enumerate(TONES)
             },
         },
     )
 
 
-def kinds(policy: LanguagePolicy, count: int, *stream: Any) -> Tensor:
-    """How often the policy writes each kind of opinion on test subjects, `[12]` float64."""
-    texts = sample(policy, subjects()["test"], count, "kinds", *stream).texts
-    counts = torch.bincount(
-        torch.tensor([kind_of(text) for text in texts]), minlength=len(TONES) * STRENGTHS
-    )
+def tones(policy: LanguagePolicy, *stream: Any) -> Tensor:
+    """How often the policy takes each tone on test subjects, `[3]` float64."""
+    texts = sample(policy, subjects()["test"], COUNT, "tones", *stream).texts
+    counts = torch.bincount(torch.tensor([tone(text) for text in texts]), minlength=3)
     return counts.double() / len(texts)
-
-
-def in_tables(seed: int, steps: int, size: int = 10) -> dict[str, float]:
-    """Exact self-play: the average policy nears the winner, the last one goes round it.
-
-    In the game of three whose winner is (0.3, 0.3, 0.4), and in a random one.
-    """
-    cycle = torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]], dtype=torch.float64)
-    games = {
-        "a cycle of three": (cycle, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)),
-        f"{size} random responses": (
-            random_game(size, torch.Generator().manual_seed(seed)),
-            torch.zeros(size, dtype=torch.float64),
-        ),
-    }
-    found = {}
-    for name, (table, start) in games.items():
-        step = math.sqrt(8 * math.log(len(table)) / steps)
-        average, last = hedge_self_play(table, start, step, steps)
-        found[f"{name}: exploitability of the average"] = float(exploitability(table, average))
-        found[f"{name}: exploitability of the last"] = float(exploitability(table, last))
-    return found
 
 
 CLAIM = Claim(
     slug="spo-self-play",
-    statement="Under cyclic preferences self-play reaches a policy that hardly any response beats, "
-    "where the same policy gradient on a reward model fitted to the same comparisons is beaten.",
-    task="a tiny language model writes opinions; the judge prefers (0.9) the opinion with more "
-    "words of one tone, and of equals approving over disapproving over neutral over approving; "
-    "exploitability = P(best kind of opinion over the policy) - 1/2, of the uniform mixture of the "
-    "policies of the second half of training, on 30 other subjects",
+    statement="The average policy of self-play is beaten by hardly any response; one that follows "
+    "a reward model, fitted to the same comparisons, is.",
+    task=f"{GAMES} random preference games of {RESPONSES} responses a seed, {ROUNDS} exact "
+    "multiplicative-weights steps; exploitability = P(best response over the average policy) - 1/2",
     metric=METRIC,
     higher_is_better=False,
     method="SPO",
-    baseline="reward model, refitted",
+    baseline="reward model",
     arms=tuple(ARMS),
     run=run,
     notes="",
