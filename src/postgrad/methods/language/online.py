@@ -1,6 +1,5 @@
 """Methods that learn from preferences between their own samples."""
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -62,9 +61,10 @@ class OnlineSettings(LanguageSettings):
 class OnlinePreference(Method):
     """Samples, has its samples compared and learns from the comparisons.
 
-    A subclass fills `losses`; `choose` says which of a group's samples are compared. One collected
-    batch may be learnt from in several optimiser steps (`epochs`, `minibatches`): a step of the
-    loop is then one round of an iterative method, and the policy that sampled is its centre.
+    A subclass fills `losses`; `choose` says which of a group's samples are compared, unless they
+    are compared with those of an opponent by a `collect` of its own. One collected batch may be
+    learnt from in several optimiser steps (`epochs`, `minibatches`): a step of the loop is then
+    one round of an iterative method, and the policy that sampled is its centre.
     """
 
     recipe = {
@@ -75,6 +75,7 @@ class OnlinePreference(Method):
         "steps": 100,
     }
     needs_centre: ClassVar[bool] = False  # log-probabilities of the policy that sampled
+    least_samples: ClassVar[int] = 2  # to a prompt
     config: OnlineSettings
 
     def __init__(
@@ -87,10 +88,10 @@ class OnlinePreference(Method):
         **given: Unpack[Given],
     ):
         super().__init__(config, place)
-        if config.rollout.samples < 2:
+        if config.rollout.samples < self.least_samples:
             raise PostgradError(
-                f"rollout.samples: a comparison needs at least 2 samples a prompt, got "
-                f"{config.rollout.samples}"
+                f"rollout.samples: a comparison needs at least {self.least_samples} samples a "
+                f"prompt, got {config.rollout.samples}"
             )
         if config.minibatches > config.batch_size:
             raise PostgradError(
@@ -112,9 +113,14 @@ class OnlinePreference(Method):
         self.policy.freeze_reference()
         self.frontier = Frontier.of(config, config.frontier, found, place, self.preference)
 
-    @abstractmethod
     def losses(self, found: Compared) -> Tensor:
-        """The loss `[B]` of each comparison."""
+        """The loss `[B]` of each comparison, unless `loss` is the subclass's own."""
+        raise NotImplementedError
+
+    @property
+    def temperature(self) -> float:
+        """That of the policy which is learnt: the one it was sampled at."""
+        return self.config.rollout.temperature
 
     def choose(self, preferences: Tensor) -> list[list[int]]:
         """The comparisons learnt from, best first, of a group's P(i over j) `[K, K]`."""
@@ -165,11 +171,10 @@ class OnlinePreference(Method):
 
     def with_known(self, batch: Batch) -> Batch:
         """The batch with the log-probabilities that stay fixed while it is learnt from."""
-        temperature = self.config.rollout.temperature
         with self.policy.reference():
-            known = {"reference": known_logprobs(self.policy, batch, temperature)}
+            known = {"reference": known_logprobs(self.policy, batch, self.temperature)}
         if self.needs_centre:
-            known["centre"] = known_logprobs(self.policy, batch, temperature)
+            known["centre"] = known_logprobs(self.policy, batch, self.temperature)
         return batch.with_fields(**known)
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
@@ -185,9 +190,9 @@ class OnlinePreference(Method):
                 yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
 
     def compared(self, batch: Batch) -> Compared:
-        """The batch under the policy, at the temperature it was sampled at."""
+        """The batch under the policy."""
         others = ("centre",) if self.needs_centre else ()
-        return compared(self.policy, batch, others, self.config.rollout.temperature)
+        return compared(self.policy, batch, others, self.temperature)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         found = self.compared(batch)
