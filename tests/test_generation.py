@@ -266,3 +266,78 @@ def test_sampling_the_reference():
     assert not same(
         generate(policy, prompts(), SamplingSettings(), seeds=range(3)).responses, before.responses
     )
+
+
+# Mixtures of policy and reference ---------------------------------------------------------------
+
+
+def drifted(name="tiny", tune="full"):
+    """A policy that has moved away from its reference."""
+    if name == "tiny":
+        policy = load_policy("tiny", tune=tune, lora=LoraSettings(rank=4))
+    else:
+        policy = architectures.policy(name)
+    policy.freeze_reference()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=random)
+    return policy
+
+
+def drawn(policy, **changes):
+    """Twelve samples, of different lengths."""
+    return generate(policy, prompts(), SamplingSettings(12), samples=4, seeds=range(12), **changes)
+
+
+POLICIES = [("tiny", "full"), ("tiny", "lora"), ("llama", "full"), ("bloom", "full")]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("name", "tune"), POLICIES)
+def test_the_ends_of_a_mixture_are_policy_and_reference_to_the_bit(name, tune, packed, monkeypatch):
+    if not packed:  # as on a GPU
+        monkeypatch.setattr("postgrad.models.policy.can_pack", lambda dtype, device: False)
+    policy = drifted(name, tune)
+    own = drawn(policy)
+    with policy.reference():
+        reference = drawn(policy)
+    assert not same(own.responses, reference.responses)
+    for mixture, expected in ((0.0, own), (1.0, reference)):
+        found = drawn(policy, mixture=mixture)
+        assert same(found.responses, expected.responses)
+        assert same(found.logprobs, expected.logprobs)
+    assert same(drawn(policy).logprobs, own.logprobs)  # the adapter is on again
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("name", "tune"), POLICIES)
+def test_every_token_of_a_mixture_is_drawn_from_the_mixture(
+    name, tune, packed, precision, monkeypatch
+):
+    if not packed:
+        monkeypatch.setattr("postgrad.models.policy.can_pack", lambda dtype, device: False)
+    policy = drifted(name, tune)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        rollouts = drawn(policy, mixture=0.3)
+    size = len(policy.tokenizer) if name == "tiny" else 99
+    tokens = [torch.tensor([token]) for token in range(size)]
+    for i, t in ((0, 0), (5, 3), (11, 7)):
+        response = rollouts.responses[i]
+        t = min(t, len(response) - 1)
+        before = [torch.cat([rollouts.prompts[i], response[:t]])] * size
+        with torch.no_grad():
+            own = policy.score(before, tokens).logprobs[:, 0]
+            with policy.reference():
+                reference = policy.score(before, tokens).logprobs[:, 0]
+        mixed = (0.7 * own + 0.3 * reference).log_softmax(-1)
+        assert float(rollouts.logprobs[i][t]) == pytest.approx(
+            float(mixed[response[t]]), abs=1e-4 if precision == "fp32" else 0.1
+        )
+
+
+def test_a_mixture_outside_the_unit_interval_is_named():
+    with pytest.raises(PostgradError, match=r"mixture: must lie in \[0, 1\], got 1.2"):
+        drawn(drifted(), mixture=1.2)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgrad.claims.base import Outcome
+from postgrad.claims.base import Claim, Outcome
 from postgrad.claims.opinions import TOKENS, gold, preferences, reference_policy, trained
 from postgrad.methods.language.preference.base import PAIR_SCORES
 from postgrad.objectives.pairwise import copg, logistic

@@ -74,11 +74,16 @@ def subjects() -> dict[str, list[str]]:
     return {"training": every[:150], "validation": every[150:170], "test": every[170:]}
 
 
-def reference_policy(seed: int, steps: int = _STEPS) -> LanguagePolicy:
-    """The model `tiny` after learning to write opinions; a cached function of `seed`, `steps`."""
+def reference_policy(
+    seed: int, steps: int = _STEPS, *, tones: tuple[int, int, int] = (1, 1, 1)
+) -> LanguagePolicy:
+    """The model `tiny` after learning to write opinions; a cached function of its arguments.
+
+    `tones` are the odds of approving, disapproving and neutral opinions among what it learns from.
+    """
     key = {
         "seed": seed,
-        "recipe": [steps, _SENTENCES, _BATCH, _RATE],
+        "recipe": [steps, _SENTENCES, _BATCH, _RATE, *tones],
         "versions": [version("postgrad"), version("torch")],
     }
 
@@ -87,7 +92,7 @@ def reference_policy(seed: int, steps: int = _STEPS) -> LanguagePolicy:
         training = train_in_steps(
             "sft",
             seed,
-            {"model": policy, "data": _written(seed)},
+            {"model": policy, "data": _written(seed, tones)},
             steps=steps,
             batch_size=_BATCH,
             learning_rate=_RATE,
@@ -100,13 +105,14 @@ def reference_policy(seed: int, steps: int = _STEPS) -> LanguagePolicy:
     return load_policy(str(cached_folder("opinions", key, make)))
 
 
-def _written(seed: int) -> list[dict[str, str]]:
+def _written(seed: int, odds: tuple[int, int, int]) -> list[dict[str, str]]:
     """Demonstrations; two words in three are of the tone that the opinion has."""
     chance = random.Random(f"opinions {seed}")
     tones = (APPROVING, DISAPPROVING, NEUTRAL)
+    hat = [tone for tone, tickets in zip(tones, odds, strict=True) for _ in range(tickets)]
     rows = []
     for _ in range(_SENTENCES):
-        tone = chance.choice(tones)
+        tone = chance.choice(hat)
         words: list[str] = []
         while len(words) < 3:
             word = chance.choice(tone if chance.random() < 0.5 else chance.choice(tones))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from postgrad.advantages.pairing import rejection_select
-from postgrad.claims.base import Outcome
+from postgrad.claims.base import Claim, Outcome
 from postgrad.claims.opinions import (
+    METRIC,
     TOKENS,
     gold,
     preferences,

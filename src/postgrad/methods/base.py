@@ -51,6 +51,10 @@ class Optimise(Protocol):
         """Inside, steps are on trial: at the end weights and optimiser state are as before."""
         ...
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """Inside, an update may collect more: samples and scores in the loop's precision."""
+        ...
+
 
 class Method(ABC):
     """One published method.

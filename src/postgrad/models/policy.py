@@ -237,7 +237,7 @@ class LanguagePolicy(nn.Module):
 
     @contextmanager
     def sampling_network(self) -> Iterator[nn.Module]:
-        """The network to sample from.
+        """The network to sample from, which stays the reference's if this is called within one.
 
         For every token all matrices are read again; under autocast they would be rounded again,
         too. So a copy of the network is used whose matrices are rounded, and on CPUs packed, once
@@ -258,7 +258,8 @@ class LanguagePolicy(nn.Module):
                     vars(module).pop("forward", None)
             return
         if not rounding or not _has_float_matrices(network):
-            yield network
+            # what switches the adapter off is kept in the modules, so its copy stays without it
+            yield _sharing_copy(network) if self._in_reference and self.adapted else network
             return
         if not self._rounded or self._in_reference:
             rounded = _sharing_copy(network)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from postgrad.errors import PostgradError
-from postgrad.models.decoding import Decoder
-from postgrad.models.plain_decoding import PlainDecoder
 from postgrad.models.policy import LanguagePolicy
 from postgrad.models.scoring import distinct
 from postgrad.sampling.drawing import SamplingSettings, draw, uniform_stream
+from postgrad.sampling.mixture import decoding
 
 __all__ = ["Rollouts", "SamplingSettings", "generate"]
 
@@ -47,6 +46,7 @@ def generate(
     *,
     samples: int | Sequence[int] = 1,
     seeds: Tensor | Sequence[int],
+    mixture: float = 0.0,
 ) -> Rollouts:
     """Sample responses to prompts.
 
@@ -57,6 +57,8 @@ def generate(
         samples: how many for every prompt, or for each.
         seeds: `[N]`, one for each sample. A sample's draws come from its own seed alone, whatever
             else is in the batch.
+        mixture: the reference policy's share c in what is drawn from, policy^(1 - c) reference^c
+            of every next token; 0 is the policy alone, 1 the reference alone.
 
     Raises:
         PostgradError: a prompt is empty or leaves no room in the model's context.
@@ -81,12 +83,7 @@ def generate(
     finished = torch.zeros(len(repeated), dtype=torch.bool)
     ended = _end_test(policy, settings)
     unique, owners = distinct(repeated)
-    with policy.sampling_network() as network:
-        decoder: Decoder | PlainDecoder
-        if policy.shares_prefixes:
-            decoder = Decoder(network, unique, owners)
-        else:
-            decoder = PlainDecoder(network, unique, owners)
+    with decoding(policy, unique, owners, mixture) as decoder:
         alive = torch.ones(len(decoder), dtype=torch.bool)
         for step in range(longest):
             samples_here = torch.tensor(decoder.order)

@@ -111,6 +111,10 @@ class Optimisers:
         self.tokens += batch.tokens
         return {"loss": total, **metrics, "gradient_norm": norm, "learning_rate": self._rate}
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of losses, for what a method computes between steps."""
+        return autocast(self._settings.precision, self._device)
+
     @contextmanager
     def looking_ahead(self, module: str | None = None) -> Iterator[None]:
         """Steps of `module` inside are taken back at the end: weights and optimiser state."""

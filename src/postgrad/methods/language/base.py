@@ -160,10 +160,12 @@ def draw_responses(
     *stream: str | int,
     samples: int | None = None,
     temperature: float | None = None,
+    mixture: float = 0.0,
 ) -> Rollouts:
     """`samples` responses to every prompt, as `rollout` says where the arguments do not.
 
-    `stream` names the draws: responses under another name are independent.
+    `stream` names the draws: responses under another name are independent. `mixture` is the share
+    of the reference policy in what is drawn from (see `generate`).
     """
     samples = samples or rollout.samples
     seeds = [
@@ -173,7 +175,12 @@ def draw_responses(
     ]
     with timed("rollout"), torch.no_grad():
         return generate(
-            policy, prompts, rollout.sampling(temperature), samples=samples, seeds=seeds
+            policy,
+            prompts,
+            rollout.sampling(temperature),
+            samples=samples,
+            seeds=seeds,
+            mixture=mixture,
         )
 
 

@@ -1,6 +1,5 @@
 """Methods that learn from preferences between their own samples."""
 
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +74,11 @@ def find_preference(
     )
 
 
-def require_two(rollout: RolloutSettings) -> None:
+def require_samples(rollout: RolloutSettings, least: int = 2) -> None:
     """Stop at a group that is too small to be compared."""
-    if rollout.samples < 2:
+    if rollout.samples < least:
         raise PostgradError(
-            f"rollout.samples: a comparison needs at least 2 samples a prompt, got "
+            f"rollout.samples: a comparison needs at least {least} samples a prompt, got "
             f"{rollout.samples}"
         )
 
@@ -113,9 +112,10 @@ class Response:
 class OnlinePreference(Method):
     """Samples, has its samples compared and learns from the comparisons.
 
-    A subclass fills `losses`; `choose` says which of a group's samples are compared. One collected
-    batch may be learnt from in several optimiser steps (`epochs`, `minibatches`): a step of the
-    loop is then one round of an iterative method, and the policy that sampled is its centre.
+    A subclass fills `losses`; `choose` says which of a group's samples are compared, unless they
+    are compared with those of an opponent by a `collect` of its own. One collected batch may be
+    learnt from in several optimiser steps (`epochs`, `minibatches`): a step of the loop is then
+    one round of an iterative method, and the policy that sampled is its centre.
     """
 
     recipe = {
@@ -126,6 +126,7 @@ class OnlinePreference(Method):
         "steps": 100,
     }
     needs_centre: ClassVar[bool] = False  # log-probabilities of the policy that sampled
+    least_samples: ClassVar[int] = 2  # to a prompt
     config: OnlineSettings
 
     def __init__(
@@ -138,7 +139,7 @@ class OnlinePreference(Method):
         **given: Unpack[Given],
     ):
         super().__init__(config, place)
-        require_two(config.rollout)
+        require_samples(config.rollout, self.least_samples)
         if config.minibatches > config.batch_size:
             raise PostgradError(
                 f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
@@ -152,9 +153,9 @@ class OnlinePreference(Method):
         self.policy.freeze_reference()
         self.frontier = Frontier.of(config, config.frontier, found, place, self.preference)
 
-    @abstractmethod
     def losses(self, found: Compared) -> Tensor:
-        """The loss `[B]` of each comparison."""
+        """The loss `[B]` of each comparison, unless `loss` is the subclass's own."""
+        raise NotImplementedError
 
     @property
     def scoring_temperature(self) -> float:

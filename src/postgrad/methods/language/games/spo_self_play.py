@@ -10,7 +10,7 @@ from postgrad.config import setting
 from postgrad.methods.base import FourParts, Metrics, Place
 from postgrad.methods.language.base import Given, render_prompts
 from postgrad.methods.language.frontier import Frontier
-from postgrad.methods.language.online import JudgedSettings, find_preference, require_two
+from postgrad.methods.language.online import JudgedSettings, find_preference, require_samples
 from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
 from postgrad.rewards.preferences import preference_matrices
 from postgrad.timing import timed
@@ -66,7 +66,7 @@ class SelfPlay(ClippedPolicyGradient):
         reward: Any = None,
         **given: Unpack[Given],
     ):
-        require_two(config.rollout)
+        require_samples(config.rollout)
         super().__init__(config, place, "prompts", given)
         self.preference = find_preference(config, self.data, preference, reward)
         self.prompts = render_prompts(

@@ -1,0 +1,85 @@
+"""EGPO's claim: where the KL is weak its last policy is near equilibrium, and others' is not."""
+
+from typing import Any
+
+from torch import Tensor
+
+from postgrad.claims.base import Claim, Outcome
+from postgrad.claims.cyclic_opinions import approving_reference, played
+from postgrad.claims.matrix_games import Curve, Games
+from postgrad.claims.opinions import TOKENS, cyclic_preference
+from postgrad.objectives.game import extragradient_step, mirror_step, nash_md_step
+
+# steps for each strength of the KL, and the step size of each arm
+STEPS = {0.1: 100, 0.01: 1000, 0.001: 20000}
+ETA = {
+    "EGPO": {0.1: 0.2, 0.01: 0.2, 0.001: 0.2},
+    "online mirror descent": {0.1: 0.2, 0.01: 0.2, 0.001: 0.2},
+    "Nash-MD": {0.1: 0.2, 0.01: 0.2, 0.001: 0.2},
+}
+WEAKEST = 0.001
+METRIC = "duality gap"
+LM_STEPS, LEARNING_RATE, BETA = 100, 1e-4, 0.05
+SETTINGS: dict[str, dict[str, Any]] = {
+    "EGPO": {},
+    "online mirror descent": {"look_ahead": False},
+    "Nash-MD": {"look_ahead": False, "mixture": 0.125},
+}
+
+
+def run(arm: str, seed: int, quick: bool) -> Outcome:
+    games = Games.draw(seed)
+    curves = {
+        beta: in_tables(arm, games, beta, ETA[arm][beta], 20 if quick else steps)
+        for beta, steps in STEPS.items()
+    }
+    values = {METRIC: curves[WEAKEST][-1][1]}
+    values |= {f"{METRIC}, beta {beta:g}": curve[-1][1] for beta, curve in curves.items()}
+    steps = 4 if quick else LM_STEPS
+    found = played(
+        "egpo",
+        {
+            "beta": BETA,
+            "learning_rate": LEARNING_RATE,
+            "length_normalised": False,
+            "rollout": {"samples": 2, "max_new_tokens": TOKENS, "temperature": 1.0, "top_k": 0},
+            **SETTINGS[arm],
+        },
+        approving_reference(seed, quick),
+        cyclic_preference,
+        seed,
+        # a step that looks ahead is two of the optimiser's
+        steps=steps // 2 if arm == "EGPO" else steps,
+        every=5 if arm == "EGPO" else 10,
+        quick=quick,
+    )
+    exact = {f"gap over steps, beta {beta:g}": curve for beta, curve in curves.items()}
+    return Outcome(values | found.values, exact | found.curves)
+
+
+def in_tables(arm: str, games: Games, beta: float, eta: float, steps: int) -> Curve:
+    """Duality gaps regularised by beta, step by step; a step of EGPO's has two half steps."""
+    game, log_mu = games.preferences, games.log_mu
+
+    def step(log_policy: Tensor, t: int) -> Tensor:
+        if arm == "EGPO":
+            return extragradient_step(game, log_policy, log_mu, beta, eta)
+        if arm == "Nash-MD":
+            return nash_md_step(game, log_policy, log_mu, beta, eta)
+        return mirror_step(game, log_policy, log_policy.exp(), log_mu, beta, eta)
+
+    return games.trajectory(step, steps // 2 if arm == "EGPO" else steps, beta)
+
+
+CLAIM = Claim(
+    slug="egpo",
+    statement="TODO",
+    task="TODO",
+    metric=METRIC,
+    higher_is_better=False,
+    method="EGPO",
+    baseline="online mirror descent",
+    arms=tuple(SETTINGS),
+    run=run,
+    notes="TODO",
+)
