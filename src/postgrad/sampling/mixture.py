@@ -86,4 +86,4 @@ def decoding(
             with policy.reference():
                 network = networks.enter_context(policy.sampling_network())
                 found.append(decoder(network, prompts, owners))
-        yield found[0] if len(found) == 1 else MixedDecoder(*found, mixture)
+        yield found[0] if len(found) == 1 else MixedDecoder(found[0], found[1], mixture)
