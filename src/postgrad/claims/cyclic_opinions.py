@@ -65,7 +65,7 @@ def played(
         {"model": policy, "data": rows, "preference": preference},
         steps=steps,
         **{
-            "batch_size": 32, "warmup_steps": 10, "schedule": "constant",
+            "batch_size": 4 if quick else 32, "warmup_steps": 10, "schedule": "constant",
             "rollout": {"max_new_tokens": TOKENS}, **settings,
         },
     )  # fmt: skip

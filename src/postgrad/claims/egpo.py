@@ -13,9 +13,9 @@ from postgrad.objectives.game import extragradient_step, mirror_step, nash_md_st
 # steps for each strength of the KL, and the step size of each arm
 STEPS = {0.1: 100, 0.01: 1000, 0.001: 20000}
 ETA = {
-    "EGPO": {0.1: 0.2, 0.01: 0.2, 0.001: 0.2},
-    "online mirror descent": {0.1: 0.2, 0.01: 0.2, 0.001: 0.2},
-    "Nash-MD": {0.1: 0.2, 0.01: 0.2, 0.001: 0.2},
+    "EGPO": {0.1: 2.0, 0.01: 2.0, 0.001: 2.0},
+    "online mirror descent": {0.1: 2.0, 0.01: 1.0, 0.001: 0.05},
+    "Nash-MD": {0.1: 0.5, 0.01: 0.5, 0.001: 0.05},
 }
 WEAKEST = 0.001
 METRIC = "duality gap"

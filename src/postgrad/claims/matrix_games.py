@@ -59,7 +59,11 @@ def bradley_terry(preferences: Tensor, mu: Tensor) -> Tensor:
     """
     reward = torch.zeros_like(mu, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [reward], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+        [reward],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
     weights = mu.unsqueeze(-1) * mu * preferences
 
