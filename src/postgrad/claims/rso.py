@@ -25,7 +25,7 @@ from postgrad.seeding import generator
 STEPS = 100
 EARLY = 100  # steps of learning after which the policy that writes the data's pairs stopped
 CANDIDATES, ACCEPTED = 32, 4
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 3e-5
 ARMS: dict[str, dict[str, Any]] = {
     "RSO": {"source": "rso-sample-rank"},
     "RSO, hinge-norm": {"source": "rso-sample-rank", "loss": "hinge-norm"},
@@ -114,7 +114,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         seed,
         steps=2 if quick else STEPS,
         every=2 if quick else 10,
-        samples=30 if quick else 600,
+        samples=30 if quick else 300,
     )
     return Outcome({**outcome.values, **known}, {**outcome.curves, **curves})
 
