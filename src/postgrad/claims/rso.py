@@ -10,7 +10,6 @@ from torch import Tensor
 from postgrad.advantages.pairing import rejection_select
 from postgrad.claims.base import Claim, Outcome
 from postgrad.claims.opinions import (
-    METRIC,
     TOKENS,
     gold,
     preferences,
@@ -26,9 +25,10 @@ STEPS = 100
 EARLY = 100  # steps of learning after which the policy that writes the data's pairs stopped
 CANDIDATES, ACCEPTED = 32, 4
 LEARNING_RATE = 1e-4
+METRIC = "reward at the end"
 ARMS: dict[str, dict[str, Any]] = {
     "RSO": {"source": "rso-sample-rank"},
-    "RSO, hinge-norm": {"source": "rso-sample-rank", "loss": "hinge-norm"},
+    "RSO, best of the candidates": {"source": "rso-sample-rank", "beta": 0.0},
     "sft-sample-rank": {"source": "sft-sample-rank"},
     "direct": {"source": "direct"},
 }
@@ -113,8 +113,8 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         },
         seed,
         steps=2 if quick else STEPS,
-        every=2 if quick else 10,
-        samples=30 if quick else 600,
+        every=2 if quick else 20,
+        samples=30 if quick else 300,
     )
     return Outcome({**outcome.values, **known}, {**outcome.curves, **curves})
 

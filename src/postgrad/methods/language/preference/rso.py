@@ -62,7 +62,8 @@ class RSO(OnlinePreference):
 
     The n responses are paired at random and the preference labels each pair. All this happens once
     a prompt, when it is first seen, always with the initial policy; checkpoints hold the pairs.
-    `source=direct` with sigmoid-norm is DPO at gamma, `sft-sample-rank` with hinge about SLiC.
+    `source=direct` with sigmoid-norm is DPO at gamma, `sft-sample-rank` with hinge about SLiC. The
+    direct source needs a preference for its evaluations alone.
 
     Deviations: the preference is given, not trained here; AdamW in place of Adafactor; a prompt
     with fewer than n distinct candidates gives as many pairs as they make, perhaps none
