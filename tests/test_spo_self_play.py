@@ -268,5 +268,3 @@ def test_the_reward_model_learns_from_a_prompts_samples():
     newest(["a", "a"], [good, bad])
     after = newest(["b", "b"], [plain, good])
     assert after[0] > after[1]
-    newest.fixed = True
-    assert newest(["a", "a"], [good, bad])[0] == after[1]
