@@ -8,6 +8,7 @@ import torch
 from language_runs import SMALL, assert_same_run, write_rows
 from postgrad.advantages.pairing import win_rate_rewards, win_rates
 from postgrad.api import resume, train
+from postgrad.claims.spo_self_play import RewardModel, bradley_terry, with_reward_model
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -231,3 +232,39 @@ def test_a_preference_that_is_no_probability_is_named_before_the_run(tmp_path):
     with pytest.raises(PostgradError, match=r"'prefer' returned -1 for pair 1"):
         train("spo-self-play", data=ROWS, preference=prefer, output=tmp_path / "run", **SMALL)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# The claim's reward models --------------------------------------------------------------------
+
+
+def test_a_reward_that_explains_the_preferences_is_found_and_followed():
+    worth = torch.tensor([0.0, 1.0, -0.5, 2.0], dtype=torch.float64)
+    game = torch.sigmoid(worth[:, None] - worth[None, :])
+    scores = bradley_terry(game, torch.zeros(4).double(), ridge=1e-6)
+    torch.testing.assert_close(scores - scores.mean(), worth - worth.mean(), atol=1e-3, rtol=0)
+    for arm in ("reward model", "newest comparisons", "first comparisons"):
+        average, last = with_reward_model(game, torch.zeros(4).double(), 0.2, 200, arm)
+        assert int(average.argmax()) == int(last.argmax()) == 3
+        assert float(exploitability(game, last)) < 0.01
+
+
+def test_an_even_cycle_has_no_reward():
+    cycle = torch.tensor([[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]], dtype=torch.float64)
+    scores = bradley_terry(cycle, torch.zeros(3).double())
+    assert scores.tolist() == pytest.approx([0, 0, 0], abs=1e-9)
+    # seen mostly together, the first two alone have an order
+    counts = torch.tensor([[1.0, 1.0, 0.1], [1.0, 1.0, 0.1], [0.1, 0.1, 0.1]]).double()
+    scores = bradley_terry(cycle * counts, torch.zeros(3).double())
+    assert scores[0] > scores[1] + 1
+
+
+def test_the_reward_model_learns_from_a_prompts_samples():
+    good, bad, plain = " good, warm and lovely.", " bad, dull and rude.", " long, old and red."
+    model = RewardModel(newest=False)
+    scores = model(["a", "a", "b", "b"], [good, bad, bad, plain])
+    assert scores[0] > scores[1] == scores[2] > scores[3]
+    assert model(["c", "c"], [plain, good])[0] > scores[3]  # of all that was seen
+    newest = RewardModel(newest=True)
+    newest(["a", "a"], [good, bad])
+    after = newest(["b", "b"], [plain, good])
+    assert after[0] > after[1]

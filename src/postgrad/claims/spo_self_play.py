@@ -24,23 +24,25 @@ from postgrad.objectives.game import exploitability, hedge_self_play, random_gam
 from postgrad.seeding import generator
 
 GAMES, RESPONSES, ROUNDS = 10, 10, 2000
-STEPS, EVERY, SAMPLES, COUNT = 100, 5, 4, 10
+STEPS, EVERY, SAMPLES, COUNT = 100, 5, 4, 5
 METRIC = "exploitability of the average"
 TONES = ("approving", "disapproving", "neutral")
 
 STEP = math.sqrt(8 * math.log(RESPONSES) / ROUNDS)  # which bounds the regret best
 # step size in tables and learning rate on the language model: see the notes
-ARMS: dict[str, tuple[float, float]] = {
+ARMS: dict[str, tuple[float, float | None]] = {
     "SPO": (3 * STEP, 1e-4),
     "reward model": (0.03 * STEP, 1e-4),
     "reward model, newest comparisons": (0.5 * STEP, 1e-4),
-    "reward model, first comparisons": (0.03 * STEP, 1e-4),
+    "reward model, first comparisons": (0.03 * STEP, None),
 }
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     step, learning_rate = ARMS[arm]
     exact = in_tables(arm, step, seed, 50 if quick else ROUNDS)
+    if learning_rate is None:
+        return Outcome(exact)
     policy = reference_policy(seed, *([5] if quick else []))
     found = on_opinions(arm, learning_rate, policy, seed, 5 if quick else STEPS)
     return Outcome(
@@ -113,12 +115,11 @@ def bradley_terry(wins: Tensor, scores: Tensor, ridge: float = 1e-3, steps: int 
 class RewardModel:
     """Bradley-Terry scores of the three tones: of an opinion it sees all that the judge sees.
 
-    Called as a reward it takes in the comparisons of each prompt's samples with each other, unless
-    `fixed`, and is fitted again: to all that it has seen, or with `newest` to these alone.
+    Called as a reward it takes in the comparisons of each prompt's samples with each other and is
+    fitted again: to all that it has seen, or with `newest` to these alone.
     """
 
     def __init__(self, newest: bool) -> None:
-        self.fixed = False
         self._newest = newest
         self._wins = torch.zeros(3, 3, dtype=torch.float64)
         self._scores = torch.zeros(3, dtype=torch.float64)
@@ -138,8 +139,7 @@ class RewardModel:
         self._scores = bradley_terry(self._wins, self._scores)
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        if not self.fixed:
-            self.see(prompts, completions)
+        self.see(prompts, completions)
         scores: list[float] = self._scores[[tone(text) for text in completions]].tolist()
         return scores
 
@@ -182,12 +182,7 @@ def on_opinions(
         # the same policy gradient on the scores, less their mean in the group
         slug = "grpo"
         settings = {"normalise": "none", "aggregation": "sequence-sum-constant"}
-        model = RewardModel("newest" in arm)
-        if "first" in arm:
-            texts = sample(policy, prompts, SAMPLES, "comparisons", seed).texts
-            model.see([p for p in prompts for _ in range(SAMPLES)], texts)
-            model.fixed = True
-        objects["reward"] = model
+        objects["reward"] = RewardModel("newest" in arm)
     shares = [tones(policy, seed, 0)]
     training = train_in_steps(
         slug,
