@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.cycle import rollouts
-from postgrad.claims.opinions import gold_preference, reference_policy, subjects, trained
+from postgrad.claims.opinions import TOKENS, gold_preference, reference_policy, subjects, trained
 from postgrad.claims.sampled_games import Games, every_pair, fitted
 from postgrad.objectives.iterative import extrapolated_logits, mirror_step
 from postgrad.objectives.pairwise import logistic, margin
@@ -59,9 +58,9 @@ def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
     return trained(
         "apo",
         {
-            **rollouts(5),
-            "warmup_steps": 0,
+            "rollout": {"samples": 5, "max_new_tokens": TOKENS},
             "minibatches": 4,
+            "warmup_steps": 0,
             "learning_rate": LEARNING_RATE,
             "alpha": alpha,
             "beta": 0.1 * scale,

@@ -25,6 +25,16 @@ from postgrad.objectives.game import exploitability
 TONES = (" good.", " bad.", " old.")  # one opinion of each tone, in the order of `tone`
 CYCLE = torch.tensor([cyclic_preference([text] * 3, list(TONES)) for text in TONES]).double()
 
+# what every arm has in common: four samples on each of 32 subjects, four optimiser steps a round
+WORLD: dict[str, Any] = {
+    "rollout": {"samples": 4, "max_new_tokens": TOKENS, "temperature": 1.0, "top_p": 1.0},
+    "batch_size": 32,
+    "minibatches": 4,
+    "warmup_steps": 0,
+    "learning_rate": 2e-4,
+    "beta": 0.5,
+}
+
 
 def tones(policy: LanguagePolicy, count: int, *stream: Any) -> tuple[Tensor, float]:
     """Shares `[3]` of the tones of `count` opinions on every test subject, and KL in nats."""
@@ -43,15 +53,16 @@ def played(
     policy: LanguagePolicy,
     seed: int,
     *,
-    rounds: int,
-    samples: int,
-    every: int = 2,
+    quick: bool,
 ) -> Outcome:
-    """Rounds of an online method under the cyclic preference, followed with fresh samples.
+    """Sixteen rounds of an online method under the cyclic preference.
+
+    Every other one is followed by a look at 600 fresh opinions.
 
     Values: the mean exploitability over the second half of the rounds, that of the average of all
     policies measured, and the last one's win rate against the reference, tones and KL.
     """
+    rounds, samples = (2, 1) if quick else (16, 20)
     policy.freeze_reference()
     followed = [(0, *tones(policy, samples, seed, 0))]
     training = train_in_steps(
@@ -63,10 +74,10 @@ def played(
             "preference": cyclic_preference,
         },
         steps=rounds,
-        **{"warmup_steps": 0, "batch_size": 32, "minibatches": 4, **settings},
+        **settings,
     )
     for step, _ in training:
-        if step % every == 0:
+        if step % 2 == 0:
             followed.append((step, *tones(policy, samples, seed, step)))
     exploited = [float(exploitability(CYCLE, shares)) for _, shares, _ in followed]
     average = torch.stack([shares for _, shares, _ in followed]).mean(0)
@@ -90,9 +101,3 @@ def played(
             "KL": [(float(step), nats) for step, _, nats in followed],
         },
     )
-
-
-def rollouts(samples: int) -> dict[str, Any]:
-    """The same draws for every arm."""
-    return {"rollout": {"samples": samples, "max_new_tokens": TOKENS, "temperature": 1.0,
-                        "top_p": 1.0}}  # fmt: skip

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.cycle import played, rollouts
+from postgrad.claims.cycle import WORLD, played
 from postgrad.claims.opinions import reference_policy
 from postgrad.claims.sampled_games import Games, Sampled, every_pair, fitted
 from postgrad.objectives.iterative import mirror_step, soft_pair
 from postgrad.objectives.pairwise import logistic, margin
 
 LEAD = 0.2
-GAMES, RESPONSES, PAIRS, ROUNDS, STEPS = 10, 8, 4000, 100, 100
+GAMES, RESPONSES, PAIRS, ROUNDS, STEPS = 40, 8, 4000, 100, 100
 METRIC = "exploitability of the average policy"
 
 # the loss `[G]` of policies `[G, K]`, given the centre, the labelled pairs and eta
@@ -63,11 +63,11 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     slug, settings = LANGUAGE[arm]
     found = played(
         slug,
-        {**rollouts(5), **settings},
-        reference_policy(seed, *([5] if quick else [])),
+        {**WORLD, **settings},
+        # with fewer steps no opinion has a tone yet, and there is nothing to prefer
+        reference_policy(seed, *([80] if quick else [])),
         seed,
-        rounds=2 if quick else 20,
-        samples=1 if quick else 20,
+        quick=quick,
     )
     return Outcome(
         tables.values | {f"opinions: {name}": value for name, value in found.values.items()},
@@ -138,7 +138,7 @@ CLAIM = Claim(
     slug="dno",
     statement="For equally many labels, soft policy iteration learnt from its own samples (DNO) "
     "ends less exploitable than DPO on samples of the reference.",
-    task="10 random games of 8 responses, uniform start; 100 rounds, in each of which a tabular "
+    task="40 random games of 8 responses, uniform start; 100 rounds, in each of which a tabular "
     "policy learns from 4000 labelled pairs (100 steps of Adam); median over games of max_y P(y > "
     "average policy) - 1/2",
     metric=METRIC,
