@@ -34,8 +34,8 @@ ARMS: dict[str, tuple[float, float]] = {
 }
 
 PROMPT, WORD = "the soup was", "lovely"
-OPINION_STEPS, OPINION_SAMPLES, EVERY = 60, 128, 20
-OF_BASE, OF_POLICY = 8000, 500
+OPINION_STEPS, OPINION_SAMPLES, EVERY = 60, 96, 20
+OF_BASE, OF_POLICY = 5000, 500
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:

@@ -23,7 +23,7 @@ METRIC = "reward on three arms"
 # beta and lambda on the three arms, and the method on a language model
 ARMS: dict[str, tuple[float, float, str, dict[str, Any]]] = {
     "HyPO": (BETA, WEIGHT, "hypo", {"learning_rate": 1e-4, "kl_weight": 0.03}),
-    "DPO": (BETA, 0.0, "dpo", {"learning_rate": 1e-4}),
+    "DPO": (BETA, 0.0, "dpo", {"learning_rate": 3e-5}),
     "DPO, beta 1": (1.0, 0.0, "dpo", {"learning_rate": 1e-4}),
 }
 OPINION_STEPS, TEMPERATURE = 100, 0.5

@@ -22,7 +22,8 @@ from postgrad.objectives.listwise import (
 )
 from postgrad.objectives.pairwise import logistic
 
-SIZE, BETA, STEPS = 8, 0.05, 60
+SIZE, BETA, STEPS = 8, 0.05, 100
+LEARNING_RATE = 3e-5
 LISTS, SIZES = 100, (2, 4, 8)  # on the bandit
 
 ListLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,10 +37,10 @@ def _best_and_worst(scores: Tensor, labels: Tensor, present: Tensor) -> Tensor:
 
 # method, settings, and lists (or pairs) a step: all arms see 64 responses a step
 ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "LiPO-lambda": ("lipo", {"learning_rate": 1e-4}, 8),
-    "DPO, all pairs": ("lipo", {"learning_rate": 1e-4, "loss": "pair-logistic"}, 8),
-    "DPO, best and worst": ("dpo", {"learning_rate": 1e-4}, 32),
-    "list-MLE": ("lipo", {"learning_rate": 1e-4, "loss": "list-mle"}, 8),
+    "LiPO-lambda": ("lipo", {"learning_rate": LEARNING_RATE}, 8),
+    "DPO, all pairs": ("lipo", {"learning_rate": LEARNING_RATE, "loss": "pair-logistic"}, 8),
+    "DPO, best and worst": ("dpo", {"learning_rate": LEARNING_RATE}, 32),
+    "list-MLE": ("lipo", {"learning_rate": LEARNING_RATE, "loss": "list-mle"}, 8),
 }
 # what is fitted on the bandit in each arm's runs: the arm's own loss first
 LOSSES: dict[str, dict[str, ListLoss]] = {

@@ -14,10 +14,10 @@ from postgrad.seeding import generator
 SIZE, STEPS = 5, 60
 # method, settings, and lists (or pairs, or demonstrations) a step: 60 responses in every arm
 ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "PRO": ("pro", {"learning_rate": 1e-4}, 12),
-    "PRO without temperature": ("pro", {"learning_rate": 1e-4, "temperature": False}, 12),
+    "PRO": ("pro", {"learning_rate": 3e-4}, 12),
+    "PRO without temperature": ("pro", {"learning_rate": 3e-4, "temperature": False}, 12),
     "PRO without SFT": ("pro", {"learning_rate": 1e-4, "beta": 0.0}, 12),
-    "SFT on the best": ("sft", {"learning_rate": 1e-4}, 60),
+    "SFT on the best": ("sft", {"learning_rate": 3e-4}, 60),
     "DPO, best and worst": ("dpo", {"learning_rate": 3e-5}, 30),
 }
 
