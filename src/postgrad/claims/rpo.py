@@ -140,5 +140,12 @@ CLAIM = Claim(
     baseline="DPO",
     arms=tuple(LOSSES),
     run=run,
-    notes="",
+    notes="On the three arms every loss is fitted on a grid. Two numbers were looked up on the "
+    "curves shown: eta 1 for RPO (the official 0.005 is far too small there, as an arm shows)"
+    " and beta 1 for the tuned DPO. A larger beta cures DPO as well (0.60 of true reward), so"
+    " what RPO spares is the search for it. Labels are drawn by seed; the values on infinite "
+    "data are exact. The values called opinions are those of a tiny language model after 200 "
+    "steps at a learning rate of 1e-4 (3e-4 for Preferred-FT), which was not tuned for this "
+    "claim: RPO ends with a reward of 1.80 at 5 nats, DPO with 1.63 at 14, and DPO at beta "
+    "0.5 with 1.81 at 5.",
 )
