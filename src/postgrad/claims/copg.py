@@ -139,5 +139,12 @@ CLAIM = Claim(
     baseline="IPO",
     arms=tuple(LOSSES),
     run=run,
-    notes="",
+    notes="On the bandit all arms see the same 10,000 pairs for 300 epochs and nothing is tuned. "
+    "DPO comes close to the optimum but not to it (0.02), as does the policy gradient with "
+    "the value as baseline (0.015); with the regularised value as baseline the policy "
+    "gradient finds it too, which takes the policy's own distribution to compute. The values "
+    "called opinions are those of a tiny language model after 100 steps at a learning rate of"
+    " 3e-5; beta is the best of 0.03, 0.1 and 0.3 for CoPG and IPO on seed 100, which is not "
+    "reported. Scores there are the gold reward itself. Within 1 nat CoPG and IPO are close "
+    "(1.41 and 1.36); DPO, which is pushed further, is behind (0.87) and ends at 3.6 nats.",
 )
