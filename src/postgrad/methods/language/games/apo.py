@@ -58,10 +58,10 @@ class APO(OnlinePreference):
     first round is the plain base step. Between rounds, in evaluations and at the end the policy is
     the solution; it is extrapolated when the next round begins, and the optimiser starts afresh.
 
-    A step of the loop is a round, `epochs` times `minibatches` are its optimiser steps. alpha, the
-    extrapolation of weights, and that the last solution is what is returned are from memory of the
-    paper (uncertain); no official code is known. Adapters are refused: the product of two
-    extrapolated factors is no extrapolation.
+    A step of the loop is a round, `epochs` times `minibatches` are its optimiser steps. Adapters
+    are refused: the product of two extrapolated factors is no extrapolation. The default of alpha,
+    that weights are what is extrapolated, and that the last solution is returned could not be
+    checked against the paper (uncertain); no official code is known.
     """
 
     Config = APOSettings

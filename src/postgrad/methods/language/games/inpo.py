@@ -62,12 +62,11 @@ class INPO(OnlinePreference):
 
     A step of the loop is a round, `epochs` times `minibatches` are its optimiser steps. With
     `selection=independent` labels are drawn by the preference's probabilities, and the loss is that
-    of mirror descent plus a constant; champion against last, as in the paper's runs, is not.
-    Prompts whose champion does not beat the last, or whose samples all win equally often, are left
-    out. Deviations: all pairs of a group are
-    judged, where a tournament alone would need 3K/2 - 1 verdicts; rounds are smaller and more than
-    the paper's three. Equations from the paper, checked against the loss of COMAL's
-    reimplementation; no official code is known.
+    of mirror descent plus a constant; for champion against last, as in the paper's runs, that does
+    not hold. Prompts whose champion does not beat the last, or whose samples all win equally often,
+    are left out. Deviations: all pairs of a group are judged, where a tournament needs 3K/2 - 1
+    verdicts; rounds are smaller and more than the paper's three. Equations from the paper, which
+    COMAL's reimplementation shares; no official code is known.
     """
 
     Config = INPOSettings
