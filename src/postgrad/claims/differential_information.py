@@ -86,7 +86,8 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         {"data": rows},
         seed,
         steps=10 if quick else 100,
-        samples=30 if quick else 600,
+        every=10 if quick else 20,
+        samples=30 if quick else 300,
     )
     prompts = [policy.render(prompt) for prompt in subjects()["test"]]
     more = measure_information(policy, prompts, 4 if quick else 32, TOKENS, seed)
@@ -181,7 +182,7 @@ CLAIM = Claim(
     metric=METRIC,
     higher_is_better=False,
     method="DPO",
-    baseline="hinge",
+    baseline="SimPO",
     arms=tuple(LOSSES),
     run=run,
     notes="",
