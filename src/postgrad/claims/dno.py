@@ -147,12 +147,13 @@ CLAIM = Claim(
     baseline="offline DPO",
     arms=(*TABULAR, EXACT),
     run=run,
-    notes="Each arm has the best eta of a grid by factors of 2 (0.25 to 8, offline DPO from 0.015), "
-    "chosen on seed 100, which is not reported, with 10 games. The learnt soft form does what exact "
-    "soft policy iteration does. Against iterative DPO on its own samples, at an eta of its own, it "
-    "is not ahead; and the hard form, clear pairs alone, which the paper's experiments use, is "
-    "drawn to corners and is the more exploitable one on such games. Guarantees are for the "
-    "average of all policies: every arm's last one goes round. The values called opinions are "
-    "those of the methods themselves on a tiny language model under a cyclic preference between "
-    "three tones (16 rounds of 32 prompts and four samples, learning rate 2e-4, eta 0.5).",
+    notes="Each arm has the best eta of a grid by factors of 2 (0.25 to 8, offline DPO from 0.015),"
+    " chosen on seed 100, which is not reported, with 10 games. The learnt soft form does "
+    "what exact soft policy iteration does. Against iterative DPO on its own samples, at an "
+    "eta of its own, it is not ahead; and the hard form, clear pairs alone, which the paper's"
+    " experiments use, is drawn to corners and is the more exploitable one on such games. "
+    "Guarantees are for the average of all policies: every arm's last one goes round. The "
+    "values called opinions are those of the methods themselves on a tiny language model "
+    "under a cyclic preference between three tones (16 rounds of 32 prompts and four samples,"
+    " learning rate 2e-4, eta 0.5).",
 )

@@ -117,13 +117,13 @@ CLAIM = Claim(
     baseline="SPPO",
     arms=tuple(TABULAR),
     run=run,
-    notes="All arms draw the same number of pairs, take the same steps of Adam from the last policy "
-    "and share eta = 2, the paper's inverse step; SPPO is told the exact win rates. The gap is that "
-    "of the game INPO plays: SPPO, iterative DPO and INPO without a reference have no KL to it, so "
-    "`duality gap of the best round` says how near they came on their way. Iterative DPO with the "
-    "reference has INPO's centre and pairs, and DPO's loss. For plain exploitability, where the KL "
-    "to the reference only costs, INPO is not ahead of it. The values called opinions are those of "
-    "the methods themselves on a tiny language model under a cyclic preference between three tones "
-    "(16 rounds of 32 prompts and four samples, learning rate 2e-4, eta 0.5; settings looked at on "
-    "seed 100, which is not reported).",
+    notes="All arms draw the same number of pairs, take the same steps of Adam from the last policy"
+    " and share eta = 2, the paper's inverse step; SPPO is told the exact win rates. The gap "
+    "is that of the game INPO plays: SPPO, iterative DPO and INPO without a reference have no"
+    " KL to it, so `duality gap of the best round` says how near they came on their way. "
+    "Iterative DPO with the reference has INPO's centre and pairs, and DPO's loss. For plain "
+    "exploitability, where the KL to the reference only costs, INPO is not ahead of it. The "
+    "values called opinions are those of the methods themselves on a tiny language model "
+    "under a cyclic preference between three tones (16 rounds of 32 prompts and four samples,"
+    " learning rate 2e-4, eta 0.5; settings looked at on seed 100, which is not reported).",
 )
