@@ -140,7 +140,7 @@ CLAIM = Claim(
     baseline="DPO",
     arms=tuple(LOSSES),
     run=run,
-    notes="eta = 1 is that of the derivation's worked example, not tuned; any eta from 0.7 to 4 "
+    notes="eta = 1 was fixed beforehand, not tuned; any eta from 0.7 to 4 "
     "does as well, the official 0.005 (an arm) changes nothing here. DPO's failure is one of "
     "beta = 0.1, which RPO shares. Where beta may be tuned by the true reward, DPO does as "
     "well: with 1, the best of ten (an arm), and worse the further beta is from it, while RPO "
