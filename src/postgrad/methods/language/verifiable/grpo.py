@@ -10,22 +10,14 @@ from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import FourParts, Metrics, Place
-from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import Given, render_prompts
 from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
-from postgrad.rewards import RewardSpec, load_rewards
-from postgrad.sampling.generation import Rollouts, generate
-from postgrad.timing import timed
+from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
 
 
-class GRPOSettings(PolicyGradientSettings):
+class GRPOSettings(RewardedSettings, PolicyGradientSettings):
     """GRPO's settings; the defaults are DeepSeekMath's form."""
 
-    data: DataSettings = setting(DataSettings(name="reasoning-gym/chain_sum"), "prompts")
-    reward: list[RewardSpec] | RewardSpec | None = setting(
-        None, "a verifier, module:function or file.py:function, or several with weights"
-    )
-    reward_time_limit: float = setting(60.0, "seconds a reward call may take", gt=0)
     normalise: Literal["std", "none"] = setting(
         "std", "divide the centred reward by the group's standard deviation", source="paper, §4.1.2"
     )
@@ -75,27 +67,21 @@ class GRPO(ClippedPolicyGradient):
                 f"got {config.rollout.samples}"
             )
         super().__init__(config, place, "prompts", given)
-        spec = reward if reward is not None else (config.reward or self.data.verifier)
-        if spec is None:
-            raise PostgradError(
-                f"reward: {self.data.name} brings no verifier of its own: name one, e.g. "
-                "reward=numeric, or your own reward=file.py:function"
-            )
-        self.rewards = load_rewards(spec, time_limit=config.reward_time_limit)
+        self.reward = TaskReward(config, self.data, reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         if self.held_out is not None:
             self.held_out_prompts = render_prompts(self.policy, self.held_out, config, room)
 
     def check(self) -> None:
-        self.rewards.probe(self.data.rows[0])
+        self.reward.probe()
 
     def collect(self, step: int) -> Batch:
         index = self.order.indices(step).tolist()
         samples = self.config.rollout.samples
         rollouts = self.roll_out([self.prompts[i] for i in index], "rollout", step)
         rows = [self.data.rows[i] for i in index for _ in range(samples)]
-        reward, terms = self._reward(rows, rollouts)
+        reward, terms = self.reward.of(rows, rollouts)
         group = torch.arange(len(index)).repeat_interleave(samples)
         return self.batch_of(
             rollouts,
@@ -114,14 +100,6 @@ class GRPO(ClippedPolicyGradient):
             return group_mean_centred(reward, group)
         return group_standardised(reward, group)
 
-    def _reward(
-        self, rows: list[dict[str, Any]], rollouts: Rollouts
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        ids = [response.tolist() for response in rollouts.responses]
-        with timed("reward"):
-            total, terms = self.rewards.of_rows(rows, rollouts.texts, ids)
-        return torch.tensor(total), {name: torch.tensor(term) for name, term in terms.items()}
-
     def describe_batch(self, batch: Batch) -> Metrics:
         groups = [batch.reward[batch.group == group] for group in batch.group.unique()]
         degenerate = sum(bool((group == group[0]).all()) for group in groups) / len(groups)
@@ -131,15 +109,6 @@ class GRPO(ClippedPolicyGradient):
         """Mean reward of greedy completions on held-out prompts."""
         if self.held_out is None:
             return {}
-        greedy = self.config.rollout.sampling(temperature=0.0)
-        rollouts = generate(
-            self.policy, self.held_out_prompts, greedy, seeds=[0] * len(self.held_out_prompts)
+        return self.reward.evaluate(
+            self.policy, self.held_out, self.held_out_prompts, self.config.rollout
         )
-        reward, terms = self._reward(self.held_out.rows, rollouts)
-        means = {name: float(term.mean()) for name, term in terms.items()}
-        lengths = [float(len(response)) for response in rollouts.responses]
-        return {
-            "reward": float(reward.mean()),
-            **({f"reward/{n}": m for n, m in means.items()} if len(means) > 1 else {}),
-            "length": sum(lengths) / len(lengths),
-        }
