@@ -1,4 +1,4 @@
-"""Advantages over time: generalised advantage estimation for control."""
+"""Advantages over time: generalised advantage estimation, of environments and of tokens."""
 
 import torch
 from torch import Tensor
@@ -52,3 +52,34 @@ def generalised_advantage(
         following = deltas[step] + discount * lambda_ * torch.where(ends[step], 0.0, following)
         advantages[step] = following
     return advantages, advantages + values
+
+
+@torch.no_grad()
+def token_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, discount: float, lambda_: float
+) -> tuple[Tensor, Tensor]:
+    """GAE(lambda) over the tokens of responses: advantages and returns, both `[N, T]`.
+
+    `rewards` `[N, T]` of each token, `values` `[N, T]` V(s_t) of the state in which token t is
+    chosen, `mask` `[N, T]` the response tokens, without gaps from the first on. Nothing follows a
+    response's last token. Both are 0 at padding, whatever that holds.
+    """
+    named = {"rewards": rewards, "values": values, "mask": mask}
+    if rewards.ndim != 2 or len({tensor.shape for tensor in named.values()}) > 1:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named.items())
+        raise ValueError(f"all inputs must be [N, T], got {found}")
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("the mask has gaps: tokens of a response follow one another")
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    advantages, returns = generalised_advantage(
+        rewards.t(),
+        values.t(),
+        following.t(),
+        last.t(),
+        torch.zeros_like(last).t(),
+        discount=discount,
+        lambda_=lambda_,
+    )
+    return advantages.t().masked_fill(~mask, 0.0), returns.t().masked_fill(~mask, 0.0)

@@ -27,7 +27,7 @@ def train_in_steps(
     place = Place(seed, torch.device("cpu"), loop.steps)
     method = build(slug, own, place, objects)
     method.check()
-    optimise = Optimisers(method.modules(), loop, place.device)
+    optimise = Optimisers(method.modules(), loop, place.device, method.rates())
     for step in range(loop.steps):
         optimise.set_step(step)
         batch = method.collect(step)

@@ -75,6 +75,10 @@ class Method(ABC):
     def modules(self) -> dict[str, nn.Module]:
         """The networks by name. Each that has trainable parameters gets its own optimiser."""
 
+    def rates(self) -> dict[str, float]:
+        """Multiples of the run's learning rate by module; 1 where not given."""
+        return {}
+
     @abstractmethod
     def collect(self, step: int) -> Batch:
         """The batch of step `step` (from 0): from a dataset, rollouts, an environment, replay …"""

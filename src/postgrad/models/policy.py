@@ -1,7 +1,7 @@
-"""A causal language model as a policy: it renders prompts, scores and embeds, and saves itself."""
+"""A causal language model as a policy: it scores, embeds, acts as its reference, saves itself."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from postgrad.errors import PostgradError
 from postgrad.models.lean_decoding import lean_layers
-from postgrad.models.network import base_of, is_adapted, linear_layers
-from postgrad.models.probing import enable_sharing
+from postgrad.models.network import base_of, linear_layers
 from postgrad.models.scoring import (
     TokenScores,
     embed_plain,
@@ -19,63 +18,27 @@ from postgrad.models.scoring import (
     score_plain,
     score_shared,
 )
+from postgrad.models.text_network import TextNetwork
 from postgrad.products import PackedLinear, can_pack
 
-Message = dict[str, str]
 
-_SHARED = "shared prefix"
-_UNLIMITED = 2**30
-
-
-class LanguagePolicy(nn.Module):
+class LanguagePolicy(TextNetwork):
     """A causal language model and its tokenizer.
 
     The network stays in evaluation mode, so that a response has one probability and not one for
-    every dropout mask. Items are aligned lists of token ids on any device; equal prompts are
-    recognised and computed once.
+    every dropout mask. Besides what every `TextNetwork` has:
 
     Attributes:
-        network: the transformers model, with a peft adapter around it if there is one.
-        tokenizer: its tokenizer.
-        context_length: how many tokens prompt and response may have together.
-        sharing: "shared prefix", or "plain: " and the reason why prompts cannot be shared.
         end_tokens: the ids that end a response.
     """
 
-    network: Any  # transformers' and peft's models have no common type that names what is used
-
     def __init__(self, network: nn.Module, tokenizer: Any):
-        super().__init__()
-        self.network = network.eval()
-        self.tokenizer = tokenizer
-        self.adapted = is_adapted(network)
-        obstacle = enable_sharing(network)
-        self.sharing = _SHARED if obstacle is None else f"plain: {obstacle}"
-        self.context_length = _context_length(base_of(network).config, tokenizer)
+        super().__init__(network, tokenizer, "logits")
         self.end_tokens = _end_tokens(base_of(network), tokenizer)
         # kept in tuples, which are no submodules: neither trained nor saved in a checkpoint
         self._frozen: tuple[nn.Module, ...] = ()
         self._rounded: tuple[nn.Module, ...] = ()
         self._in_reference = False
-
-    @property
-    def shares_prefixes(self) -> bool:
-        return self.sharing == _SHARED
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = next(self.network.parameters()).device
-        return device
-
-    def train(self, mode: bool = True) -> "LanguagePolicy":
-        """Like `nn.Module.train`, but the network stays in evaluation mode."""
-        super().train(mode)
-        self.network.eval()
-        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguagePolicy":
         super()._apply(fn, recurse)
@@ -83,49 +46,6 @@ class LanguagePolicy(nn.Module):
             frozen._apply(fn, recurse)
         self._rounded = ()
         return self
-
-    # Text ------------------------------------------------------------------------------------
-
-    def render(self, prompt: str | list[Message]) -> Tensor:
-        """Token ids `[P]` of a prompt.
-
-        Messages go through the chat template, up to where the assistant's answer begins. A string
-        is tokenised as it is, with the special tokens that the tokenizer itself puts before text.
-
-        Raises:
-            PostgradError: the prompt is empty, or there are messages but no chat template.
-        """
-        if not prompt:
-            raise PostgradError("a prompt is empty: expected text or messages")
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt).input_ids
-            if ids and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]  # some tokenizers end every text; a prompt is to be continued
-        else:
-            if not self.has_chat_template:
-                raise PostgradError(
-                    "the prompt is a list of messages but the model has no chat template: "
-                    "use plain text prompts or a chat model"
-                )
-            ids = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=False
-            )
-        if not ids:
-            raise PostgradError("a prompt is empty: expected text or messages")
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
-
-    def encode_response(self, text: str, end: bool = True) -> Tensor:
-        """Token ids `[L]` of a response, closed by the end token unless `end` is False."""
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if end:
-            if self.tokenizer.eos_token_id is None:
-                raise PostgradError("the model's tokenizer has no end token to close a response by")
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
-
-    def decode(self, ids: Tensor) -> str:
-        """Text of token ids, without special tokens."""
-        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
     # Numbers ---------------------------------------------------------------------------------
 
@@ -151,7 +71,7 @@ class LanguagePolicy(nn.Module):
         Raises:
             PostgradError: prompt and response together exceed the model's context.
         """
-        prompts, responses = self._checked(prompts, responses)
+        prompts, responses = self.checked(prompts, responses)
         compute = score_shared if self.shares_prefixes else score_plain
         return compute(self._network(), prompts, responses, temperature, entropy)
 
@@ -171,7 +91,7 @@ class LanguagePolicy(nn.Module):
             ValueError: an item has no token left to average over.
             PostgradError: prompt and response together exceed the model's context.
         """
-        prompts, responses = self._checked(prompts, responses)
+        prompts, responses = self.checked(prompts, responses)
         skips = [skip] * len(prompts) if isinstance(skip, int) else list(skip)
         if len(skips) != len(prompts):
             raise ValueError(f"{len(prompts)} items need as many skips, got {len(skips)}")
@@ -184,37 +104,24 @@ class LanguagePolicy(nn.Module):
         compute = embed_shared if self.shares_prefixes else embed_plain
         return compute(self._network(), prompts, responses, skips)
 
-    def _checked(
-        self, prompts: Sequence[Tensor], responses: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        if len(prompts) != len(responses) or not prompts:
-            raise ValueError(
-                f"prompts and responses must be aligned and not empty: {len(prompts)}, "
-                f"{len(responses)}"
-            )
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if len(prompt) == 0:
-                raise ValueError(f"the prompt of item {i} has no tokens")
-            if len(prompt) + len(response) > self.context_length:
-                raise PostgradError(
-                    f"item {i} has {len(prompt)} prompt and {len(response)} response tokens, more "
-                    f"than the model's context of {self.context_length}: shorten it"
-                )
-        device = self.device
-        return [p.to(device) for p in prompts], [r.to(device) for r in responses]
-
     # Variants of the network -----------------------------------------------------------------
 
     def _network(self) -> nn.Module:
         return self._frozen[0] if self._in_reference and not self.adapted else self.network
 
-    def freeze_reference(self) -> None:
-        """Keep the present weights as the reference policy.
+    def freeze_reference(self, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Keep the present weights, or others `weights` by name, as the reference policy.
 
         With an adapter nothing is copied: the reference is the network with the adapter off.
         """
-        if not self.adapted:
-            self._frozen = (copy.deepcopy(self.network).requires_grad_(False),)
+        if self.adapted:
+            if weights is not None:
+                raise PostgradError("tune=lora: the reference is the base model, no other weights")
+            return
+        frozen = copy.deepcopy(self.network).requires_grad_(False)
+        if weights is not None:
+            frozen.load_state_dict(weights, strict=False)
+        self._frozen = (frozen,)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -281,14 +188,6 @@ class LanguagePolicy(nn.Module):
             network = copy.deepcopy(network).merge_and_unload()
         network.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def _context_length(config: Any, tokenizer: Any) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        length = getattr(config.get_text_config(decoder=True), name, None)
-        if isinstance(length, int):
-            return length
-    return min(int(tokenizer.model_max_length), _UNLIMITED)
 
 
 def _end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:

@@ -51,22 +51,11 @@ def score_shared(
 
     The network must take layouts (`probing.enable_sharing`).
     """
-    unique, owners = distinct(prompts)
-    packed = SharedPrefixes(unique, [response[:-1] for response in responses], owners)
-    hidden = packed_hidden(network, packed.tokens, packed.positions, packed)
-    rows = [
-        row
-        for (start, stop), owner, response in zip(
-            packed.completion_rows, owners, responses, strict=True
-        )
-        if len(response)
-        for row in (packed.prompt_rows[owner][1] - 1, *range(start, stop))
-    ]
+    hidden = predicting_states(network, prompts, responses)
     layer = output_layer(network)
     assert layer is not None
     logprobs, entropies = project_logprobs(
-        # not by [...]: its backward adds in an order that differs from run to run
-        hidden.index_select(0, torch.tensor(rows, dtype=torch.long, device=hidden.device)),
+        hidden,
         layer.weight,
         torch.cat(list(responses)),
         bias=layer.bias,
@@ -76,8 +65,56 @@ def score_shared(
     )
     _, mask = pad_right(list(responses))
     return TokenScores(
-        _spread(logprobs, mask), mask, None if entropies is None else _spread(entropies, mask)
+        spread(logprobs, mask), mask, None if entropies is None else spread(entropies, mask)
     )
+
+
+def predicting_states(
+    network: nn.Module, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+) -> Tensor:
+    """The last hidden states `[tokens, d]` before each response token, by one packed row."""
+    unique, owners = distinct(prompts)
+    packed = SharedPrefixes(unique, [response[:-1] for response in responses], owners)
+    rows = [
+        row
+        for (start, stop), owner, response in zip(
+            packed.completion_rows, owners, responses, strict=True
+        )
+        if len(response)
+        for row in (packed.prompt_rows[owner][1] - 1, *range(start, stop))
+    ]
+    return _rows(packed_hidden(network, packed.tokens, packed.positions, packed), rows)
+
+
+def final_states(
+    network: nn.Module, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+) -> Tensor:
+    """The last hidden states `[N, d]` after each prompt and its response, by one packed row."""
+    unique, owners = distinct(prompts)
+    packed = SharedPrefixes(unique, responses, owners)
+    rows = [
+        stop - 1 if stop > start else packed.prompt_rows[owner][1] - 1
+        for (start, stop), owner in zip(packed.completion_rows, owners, strict=True)
+    ]
+    return _rows(packed_hidden(network, packed.tokens, packed.positions, packed), rows)
+
+
+def plain_states(
+    network: nn.Module, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+) -> list[Tensor]:
+    """For each item its last hidden states `[L + 1, d]`, from the prompt's last token on.
+
+    By the network's own forward over padded full sequences.
+    """
+    ids, real = pad_right([torch.cat(pair) for pair in zip(prompts, responses, strict=True)])
+    output = base_of(network).get_decoder()(
+        input_ids=ids, attention_mask=real.long(), use_cache=False
+    )
+    states: Tensor = output.last_hidden_state
+    return [
+        states[i, len(prompt) - 1 : len(prompt) + len(response)]
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
 
 
 def score_plain(
@@ -99,8 +136,8 @@ def score_plain(
     logits = logits.flatten(0, 1)[torch.cat(predicting)].float() / temperature
     table = logits.log_softmax(-1)
     logprobs = table.gather(-1, torch.cat(list(responses))[:, None]).squeeze(-1)
-    entropies = _spread(-(table.exp() * table).sum(-1), mask) if entropy else None
-    return TokenScores(_spread(logprobs, mask), mask, entropies)
+    entropies = spread(-(table.exp() * table).sum(-1), mask) if entropy else None
+    return TokenScores(spread(logprobs, mask), mask, entropies)
 
 
 def embed_shared(
@@ -145,6 +182,11 @@ def _means(weights: Tensor, hidden: Tensor) -> Tensor:
         return (weights @ hidden.float()) / weights.sum(-1, keepdim=True)
 
 
-def _spread(flat: Tensor, mask: Tensor) -> Tensor:
+def _rows(hidden: Tensor, rows: list[int]) -> Tensor:
+    # not by [...]: its backward adds in an order that differs from run to run
+    return hidden.index_select(0, torch.tensor(rows, dtype=torch.long, device=hidden.device))
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
     """`[N, T]` with the values `[mask.sum()]` where the mask is True and 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

@@ -103,8 +103,10 @@ def one_step_target(
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """max((V - R)^2, (V_old + clip(V - V_old, +-clip) - R)^2), `[B]` (PPO's and MDPO's code)."""
-    expect_dimensions(1, values=values)
+    """max((V - R)^2, (V_old + clip(V - V_old, +-clip) - R)^2) (PPO's and MDPO's code).
+
+    In the shape of `values`: one a state.
+    """
     expect_same_shape(values=values, old_values=old_values, returns=returns)
     old_values, returns = old_values.detach(), returns.detach()
     near = old_values + (values - old_values).clamp(-clip, clip)

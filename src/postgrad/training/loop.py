@@ -53,7 +53,7 @@ class Loop:
         self.watcher = watcher
         self.step = 0
         self.rows: dict[str, int] = {}
-        self.optimise = Optimisers(method.modules(), settings, method.place.device)
+        self.optimise = Optimisers(method.modules(), settings, method.place.device, method.rates())
         self._profiler = Profiler(folder.path, method.place.device) if settings.profile else None
         self._stop = EarlyStop(settings)
         self._evaluation: Metrics = {}

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -53,11 +53,21 @@ def learning_rate_factor(settings: LoopSettings, step: int) -> float:
 
 
 class Optimisers:
-    """AdamW for every trainable module; the loop's implementation of `methods.base.Optimise`."""
+    """AdamW for every trainable module; the loop's implementation of `methods.base.Optimise`.
 
-    def __init__(self, modules: dict[str, nn.Module], settings: LoopSettings, device: torch.device):
+    `rates` are multiples of the run's learning rate by module; 1 where not given.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        settings: LoopSettings,
+        device: torch.device,
+        rates: Mapping[str, float] | None = None,
+    ):
         self._settings = settings
         self._device = device
+        self._rates = rates or {}
         self._parameters = {
             name: [p for p in module.parameters() if p.requires_grad]
             for name, module in modules.items()
@@ -65,7 +75,7 @@ class Optimisers:
         self._optimisers = {
             name: torch.optim.AdamW(
                 parameters,
-                lr=settings.learning_rate,
+                lr=settings.learning_rate * self._rates.get(name, 1.0),
                 betas=settings.adam_betas,
                 eps=settings.adam_epsilon,
                 weight_decay=settings.weight_decay,
@@ -83,9 +93,9 @@ class Optimisers:
     def set_step(self, step: int) -> None:
         """Set the learning rate of collected batch `step`."""
         self._rate = self._settings.learning_rate * learning_rate_factor(self._settings, step)
-        for optimiser in self._optimisers.values():
+        for name, optimiser in self._optimisers.items():
             for group in optimiser.param_groups:
-                group["lr"] = self._rate
+                group["lr"] = self._rate * self._rates.get(name, 1.0)
 
     def __call__(self, loss: LossFunction, batch: Batch, module: str | None = None) -> Metrics:
         name = module or self._first

@@ -1,0 +1,137 @@
+"""Language models with one number a token in place of words: reward models and critics."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.errors import PostgradError
+from postgrad.models.network import base_of, pad_right
+from postgrad.models.scoring import final_states, plain_states, predicting_states, spread
+from postgrad.models.text_network import TextNetwork
+
+
+class ScalarModel(TextNetwork):
+    """A causal transformer whose head gives one number for the text up to a token.
+
+    The network is transformers' `…ForSequenceClassification` with one label, the form in which
+    reward models are shared; the number of a text is that of its very last token.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer: Any):
+        head = getattr(base_of(network), "score", None)
+        if head is None or base_of(network).config.num_labels != 1:
+            raise PostgradError(
+                f"{type(base_of(network)).__name__} is no reward model: expected a causal "
+                "transformer for sequence classification with one label"
+            )
+        super().__init__(network, tokenizer, "states")
+
+    @classmethod
+    def on_body_of(cls, other: TextNetwork) -> Self:
+        """A copy of another network's body, with a head that says 0 to everything."""
+        from transformers import AutoModelForSequenceClassification
+
+        base: Any = base_of(other.network)
+        config = copy.deepcopy(base.config)
+        config.num_labels = 1
+        config.pad_token_id = other.tokenizer.pad_token_id
+        with torch.device("meta"):  # the weights are replaced at once
+            network: Any = AutoModelForSequenceClassification.from_config(config)
+        body = copy.deepcopy(base_of(_merged(other)).base_model).requires_grad_(True)
+        setattr(network, network.base_model_prefix, body)
+        head = nn.Linear(network.score.in_features, 1, bias=False)
+        nn.init.zeros_(head.weight)
+        network.score = head.to(base.device, base.dtype)
+        return cls(network, other.tokenizer)
+
+    @property
+    def head(self) -> nn.Module:
+        """The linear map `[d] -> [1]`."""
+        head: nn.Module = base_of(self.network).score
+        return head
+
+    def rewards(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+        """The number `[N]` of each prompt `[P]` with its response `[L]`, at its last token.
+
+        Gradients flow to the trainable weights.
+
+        Raises:
+            PostgradError: prompt and response together exceed the model's context.
+        """
+        return self._read(self.features(prompts, responses))
+
+    def features(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+        """The last token's hidden states `[N, d]`, which the head reads."""
+        prompts, responses = self.checked(prompts, responses)
+        if self.shares_prefixes:
+            return final_states(self.network, prompts, responses)
+        states = plain_states(self.network, prompts, responses)
+        return torch.stack([several[-1] for several in states])
+
+    def values(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+        """The numbers `[N, T]` of prompt and response up to BEFORE each response token.
+
+        That is V(s_t) of the state s_t = (x, y_<t) in which token t is chosen; 0 at padding.
+        """
+        prompts, responses = self.checked(prompts, responses)
+        if self.shares_prefixes:
+            states = predicting_states(self.network, prompts, responses)
+        else:
+            several = plain_states(self.network, prompts, responses)
+            states = torch.cat([states[:-1] for states in several])
+        _, mask = pad_right(list(responses))
+        return spread(self._read(states), mask)
+
+    def _read(self, states: Tensor) -> Tensor:
+        # in float32, also where autocast would round: rewards differ in the third digit
+        with torch.autocast(states.device.type, enabled=False):
+            numbers: Tensor = self.head(states.to(next(self.head.parameters()).dtype))
+        return numbers.squeeze(-1).float()
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `AutoModelForSequenceClassification.from_pretrained` loads."""
+        _merged(self).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_scalar(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> ScalarModel:
+    """A reward model from a local folder or the Hub.
+
+    Raises:
+        PostgradError: it cannot be loaded, or is no reward model.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        kinds = config.architectures or ["a model of no kind"]
+        if not kinds[0].endswith("ForSequenceClassification"):
+            raise PostgradError(
+                f"{name} holds {kinds[0]}: expected a reward model "
+                "(…ForSequenceClassification), as `postgrad train reward-modeling` saves it"
+            )
+        network = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as problem:
+        reason = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise PostgradError(f"reward model {name!r} cannot be loaded: {reason[0]}") from problem
+    return ScalarModel(network.to(device), tokenizer)
+
+
+def _merged(model: TextNetwork) -> Any:
+    """The network, with an adapter merged into the weights of a copy."""
+    if not model.adapted:
+        return model.network
+    return copy.deepcopy(model.network).merge_and_unload()
