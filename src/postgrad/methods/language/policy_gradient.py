@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import setting
-from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
 from postgrad.methods.language.base import (
     Given,
@@ -18,6 +17,8 @@ from postgrad.methods.language.base import (
     draw_responses,
     find_materials,
     pad,
+    prompt_minibatches,
+    require_minibatches,
 )
 from postgrad.objectives.policy_gradient import (
     aggregate,
@@ -27,7 +28,6 @@ from postgrad.objectives.policy_gradient import (
     kl_estimate,
 )
 from postgrad.sampling.generation import Rollouts
-from postgrad.seeding import generator
 from postgrad.timing import timed
 
 TERM = "reward/"
@@ -73,11 +73,7 @@ class ClippedPolicyGradient(Method):
     ):
         """The data come in `formats`, held-out data in `held_out_formats` where that differs."""
         super().__init__(config, place)
-        if config.minibatches > config.batch_size:
-            raise PostgradError(
-                f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
-                f"batch_size of {config.batch_size}: at most one step a prompt"
-            )
+        require_minibatches(config.minibatches, config.batch_size)
         found = find_materials(config, place, formats, given, held_out_formats=held_out_formats)
         self.materials = found
         self.policy, self.data, self.held_out = found.policy, found.data, found.held_out
@@ -141,15 +137,9 @@ class ClippedPolicyGradient(Method):
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Whole prompts' rollouts, shuffled anew in every epoch."""
-        if self.config.epochs * self.config.minibatches == 1:
-            yield batch
-            return
-        groups = batch.group.unique()
-        for epoch in range(self.config.epochs):
-            random = generator(self.place.seed, "minibatches", int(batch.step[0]), epoch)
-            order = groups[torch.randperm(len(groups), generator=random)]
-            for part in order.tensor_split(min(self.config.minibatches, len(order))):
-                yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
+        return prompt_minibatches(
+            batch, self.config.epochs, self.config.minibatches, self.place.seed
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config = self.config
