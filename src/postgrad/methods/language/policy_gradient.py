@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import setting
-from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
 from postgrad.methods.language.base import (
     Given,

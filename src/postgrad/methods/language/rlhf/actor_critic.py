@@ -229,9 +229,8 @@ class ActorCritic(Method):
         return batch.with_fields(token_rewards=rewards, advantages=advantages, returns=returns)
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
-        yield from prompt_minibatches(
-            batch, self.config.epochs, self.config.minibatches, self.place.seed
-        )
+        config = self.config
+        return prompt_minibatches(batch, config.epochs, config.minibatches, self.place.seed)
 
     def update(self, batch: Batch, optimise: Optimise) -> Metrics:
         every = []
