@@ -28,8 +28,8 @@ from postgrad.methods.language.comparisons import (
 )
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.methods.language.online import require_samples
-from postgrad.methods.language.policy_gradient import TERM
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
+from postgrad.methods.language.rollouts import TERM
 
 
 class TrajectorySettings(RewardedSettings):
