@@ -98,7 +98,7 @@ class ActorCritic(Method):
         L_V = mean max((V - G)^2, (V_old + clip(V - V_old, -eps_V, eps_V) - G)^2) / 2,
         G   = A + V_old
 
-    G takes A as it is before it is standardised. Two networks, two optimisers: nothing is shared, so there
+    G takes A before it is standardised. Two networks, two optimisers: nothing is shared, so there
     is no weight between the two losses but `critic_rate`. A subclass changes what a response is
     worth (`judge`), or what its tokens are (`token_rewards`).
     """
