@@ -60,7 +60,7 @@ def _with_common_reward(methods: Sequence[str], settings: dict[str, Any]) -> dic
     Methods that learn from pairs and methods that sample have little else in common.
     """
     data = settings.get("data")
-    named = {"name": data} if isinstance(data, str) else data
+    named: Any = {"name": data} if isinstance(data, str) else data
     measured = all("frontier" in method_class(method).Config.model_fields for method in methods)
     if (
         not measured
