@@ -121,7 +121,8 @@ def find_examples(
     data = find_data(config.data, place, formats, rows)
     formats = held_out_formats or formats
     if "eval_data" in given:
-        held_out: Examples | None = find_data(config.data, place, formats, given["eval_data"])
+        unspoilt = config.data.model_copy(update={"flip_rate": 0.0})
+        held_out: Examples | None = find_data(unspoilt, place, formats, given["eval_data"])
     else:
         held_out = find_held_out(config, place, formats, rows)
     return (
