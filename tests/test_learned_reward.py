@@ -87,7 +87,7 @@ def test_a_model_from_elsewhere_reads_its_own_template_to_the_end():
     model.tokenizer.chat_template = TEMPLATE
     ids = model.tokenizer("<user>hello|<assistant>you|").input_ids
     states = model.network.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state
-    theirs = float(model.head(states[0, -1]))
+    theirs = model.head(states[:, -1]).item()
     for prompt in ("hello", [{"role": "user", "content": "hello"}]):
         assert LearnedReward(model)([prompt], ["you"])[0] == pytest.approx(theirs, rel=1e-4)
 

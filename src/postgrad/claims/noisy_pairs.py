@@ -1,4 +1,4 @@
-"""Pairs of points with a known reward, Bradley-Terry labels and known flips; rewards fitted to them.
+"""Pairs of points with a known reward, labels by Bradley-Terry and flips; rewards fitted to them.
 
 A point has 32 standard normal features. The true reward is a random network of one hidden layer,
 scaled to a standard deviation of 3. Shifted points lie around another centre, as the responses of

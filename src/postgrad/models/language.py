@@ -82,7 +82,8 @@ def _checked(name: str) -> str:
             )
         if is_reward_model(str(folder)):
             raise PostgradError(
-                f"folder {name!r} holds a reward model, not a language model: it is named by reward=…"
+                f"folder {name!r} holds a reward model, not a language model: it is named by "
+                "reward=…"
             )
         return str(folder)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
