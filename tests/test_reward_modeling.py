@@ -223,19 +223,19 @@ def test_meta_rm_on_one_number():
     """r = theta x: the first-order step of the method, and the second-order one beside it."""
     model, eta, alpha = Scalar(), 0.1, 0.1
     spread = spread_of_rewards(model.theta * tensor((1.0, -1.0)))
-    assert float(spread) == pytest.approx(0.322828, abs=1e-6)
+    assert spread.item() == pytest.approx(0.322828, abs=1e-6)
     (direction,) = torch.autograd.grad(spread.sum(), model.theta, create_graph=True)
-    assert float(direction) == pytest.approx(0.228784, abs=1e-6)
+    assert direction.item() == pytest.approx(0.228784, abs=1e-6)
     second = bradley_terry((model.theta + eta * direction) * 0.5)
     (gradient,) = torch.autograd.grad(second.sum(), model.theta)
     assert float(gradient) == pytest.approx(-0.226800, abs=1e-6)
     assert 0.3 - alpha * float(gradient) == pytest.approx(0.322680, abs=1e-6)
     with displaced(model, [direction.detach()], eta):
-        assert float(model.theta) == pytest.approx(0.322878, abs=1e-6)
+        assert model.theta.item() == pytest.approx(0.322878, abs=1e-6)
         bradley_terry(model.theta * 0.5).sum().backward()
         assert float(model.theta.grad) == pytest.approx(-0.229864, abs=1e-6)
         torch.optim.SGD(model.parameters(), lr=alpha).step()
-    assert float(model.theta) == pytest.approx(0.322986, abs=1e-6)
+    assert model.theta.item() == pytest.approx(0.322986, abs=1e-6)
 
 
 def test_a_displacement_without_a_step_leaves_nothing_behind():
@@ -308,7 +308,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_it_learns_and_is_evaluated_and_used_by_name(tmp_path):
     data = write_rows(tmp_path / "train.jsonl", ROWS)
-    unseen = [{**row, "prompt": f"no. {i}:"} for i, row in enumerate(ROWS)]
+    unseen = [{**row, "prompt": f"number {i + 40}:"} for i, row in enumerate(ROWS)]
     run = train(
         "reward-modeling", data=data, eval_data=write_rows(tmp_path / "test.jsonl", unseen),
         steps=40, batch_size=16, output=tmp_path / "run", **SMALL,
