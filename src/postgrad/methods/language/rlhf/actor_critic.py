@@ -215,19 +215,25 @@ class ActorCritic(Method):
     def collect(self, step: int) -> Batch:
         index = self.order.indices(step).tolist()
         samples = self.config.rollout.samples
-        rollouts = draw_responses(
+        rollouts, fields = self.responses(index, step)
+        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        reward, terms = self.judge(rows, rollouts)
+        group = torch.arange(len(index)).repeat_interleave(samples)
+        batch = rollout_batch(
+            rollouts, step, group=group, reward=reward, terms=terms, **fields
+        )
+        return self.with_advantages(self.with_known(batch))
+
+    def responses(self, index: list[int], step: int) -> tuple[Rollouts, dict[str, Any]]:
+        """Responses to the prompts of rows `index`, and more fields of the batch about them."""
+        return draw_responses(
             self.policy,
             [self.prompts[i] for i in index],
             self.config.rollout,
             self.place.seed,
             "rollout",
             step,
-        )
-        rows = [self.data.rows[i] for i in index for _ in range(samples)]
-        reward, terms = self.judge(rows, rollouts)
-        group = torch.arange(len(index)).repeat_interleave(samples)
-        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms)
-        return self.with_advantages(self.with_known(batch))
+        ), {}
 
     def with_known(self, batch: Batch) -> Batch:
         """The batch with what stays fixed while it is learnt from: log-probabilities and values."""
@@ -263,12 +269,19 @@ class ActorCritic(Method):
         every = []
         for part in self.minibatches(batch):
             metrics = optimise(self.loss, part, "policy")
-            value = optimise(self.value_loss, part, "critic")
+            value = self.learn_values(part, optimise)
             metrics |= {"value/loss": value["loss"], "value/gradient_norm": value["gradient_norm"]}
             every.append(metrics)
-        divergence = float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean())
-        self.kl_coefficient.update(divergence)
+        self.kl_coefficient.update(self.divergence(batch))
         return {name: sum(m[name] for m in every) / len(every) for name in every[0]}
+
+    def divergence(self, batch: Batch) -> float:
+        """KL to the reference in nats a response, which the coefficient is steered by."""
+        return float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean())
+
+    def learn_values(self, batch: Batch, optimise: Optimise) -> Metrics:
+        """The critic's step on a minibatch."""
+        return optimise(self.value_loss, batch, "critic")
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The policy's: PPO's clipped surrogate."""
@@ -280,7 +293,7 @@ class ActorCritic(Method):
         per_token = clipped_surrogate(ratio, advantages, clip, clip)
         clipped = clip_fractions(ratio.detach(), advantages, clip, clip, mask)
         metrics = {f"ratio/{name}": value for name, value in clipped.items()}
-        metrics["ratio/mean"] = float(ratio.detach()[mask].mean())
+        metrics["ratio/mean"] = float(ratio.detach()[mask].mean()) if mask.any() else 1.0
         return self._aggregated(per_token, mask, batch), metrics
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -297,6 +310,8 @@ class ActorCritic(Method):
         return self._aggregated(errors / 2, mask, batch), {}
 
     def _aggregated(self, per_token: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+        if batch.tokens == 0:
+            return 0.0 * per_token.sum()  # there is nothing to learn from
         return aggregate(
             per_token, mask, self.config.aggregation, items=batch.items, tokens=batch.tokens
         )
@@ -317,7 +332,7 @@ class ActorCritic(Method):
         left = (returns - values).var(correction=0)
         return {
             **describe_rollouts(batch),
-            "kl": float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean()),
+            "kl": self.divergence(batch),
             "kl_coefficient": self.kl_coefficient.value,
             "value/mean": float(values.mean()),
             "value/explained": float(1 - left / spread) if spread > 0 else 0.0,
