@@ -145,7 +145,8 @@ class DSP(ActorCritic):
     def _check_data(self) -> None:
         row, config = self.data.rows[0], self.config
         try:
-            names = {name for _, name, _, _ in string.Formatter().parse(config.template) if name}
+            fields = string.Formatter().parse(config.template)
+            names = {name for _, name, _, _ in fields if name is not None}
         except ValueError as error:
             raise PostgradError(f"template: {error}: write {{{{ and }}}} for braces") from error
         if STIMULUS not in names:
@@ -284,17 +285,26 @@ class DSP(ActorCritic):
     def update(self, batch: Batch, optimise: Optimise) -> Metrics:
         metrics = super().update(batch, optimise)
         if self._mask is not None and (int(batch.step[0]) + 1) % self.config.mask_every == 0:
-            self._mask.policy.load_state_dict(self.policy.state_dict())
+            self._mask.policy.load_state_dict(self._learnt(), strict=False)
         return metrics
 
+    def _learnt(self) -> dict[str, Tensor]:
+        """The policy's trainable weights, which are all that its lagged copy has to follow."""
+        named = self.policy.named_parameters()
+        return {name: weight.detach() for name, weight in named if weight.requires_grad}
+
     def describe_batch(self, batch: Batch) -> Metrics:
-        return {**super().describe_batch(batch), "step_rewards": float(batch.step_rewards.sum(1).mean())}
+        earned = float(batch.step_rewards.sum(1).mean())
+        return {**super().describe_batch(batch), "step_rewards": earned}
 
     def state_dict(self) -> dict[str, Any]:
-        mask = {} if self._mask is None else {"mask": self._mask.policy.state_dict()}
-        return {**super().state_dict(), **mask}
+        state = super().state_dict()
+        if self._mask is not None:
+            weights = dict(self._mask.policy.named_parameters())
+            state["mask"] = {name: weights[name].detach() for name in self._learnt()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if self._mask is not None:
-            self._mask.policy.load_state_dict(state["mask"])
+            self._mask.policy.load_state_dict(state["mask"], strict=False)
