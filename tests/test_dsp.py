@@ -83,7 +83,9 @@ def test_rouge_by_hand():
     assert rouge("a a a", "a b") == pytest.approx({"rouge1": 0.4, "rouge2": 0, "rougeL": 0.4})
     values, _ = load_rewards("rouge")(["p"], ["the cat sat"], {"answer": ["the cat it sat down"]})
     assert values == pytest.approx([(0.75 + 1 / 3 + 0.75) / 3])
-    (values, _) = load_rewards({"name": "rouge", "kind": "rouge2"})(["p"], ["a b"], {"answer": ["a b"]})
+    (values, _) = load_rewards({"name": "rouge", "kind": "rouge2"})(
+        ["p"], ["a b"], {"answer": ["a b"]}
+    )
     assert values == [1.0]
     with pytest.raises(PostgradError, match="did you mean 'rouge1'"):
         load_rewards({"name": "rouge", "kind": "rouge11"})
@@ -158,7 +160,7 @@ def test_answers_are_averaged_and_empty_ones_count_nothing():
     assert terms["empty"].tolist() == [0.5, 0.5]
     options = {"max_tokens": 7, "temperature": 0.3, "stop": ["."], "seed": 0}
     assert told == [(["x\n\nHint: one", "y\n\nHint: two"], 2, options)]
-    with pytest.raises(PostgradError, match="2 of 4 answers are empty, more than empty_limit=0.4"):
+    with pytest.raises(PostgradError, match=r"2 of 4 answers are empty, more than empty_limit=0.4"):
         made(black_box=half, empty_limit=0.4)._answered(rows, ["one", "two"])
 
 

@@ -346,12 +346,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, scheme):
 def test_faults(tmp_path):
     with pytest.raises(PostgradError, match="guide: expected a folder"):
         made(guide=None)
-    with pytest.raises(PostgradError, match="roll_in: .*less than or equal to 1, got 1.5"):
+    with pytest.raises(PostgradError, match=r"roll_in: .*less than or equal to 1, got 1.5"):
         made(roll_in=1.5)
     with pytest.raises(PostgradError, match="supervised_weight: rows, row 1 has neither"):
         made(data=[{"prompt": "a"}] * 8)
     with pytest.warns(UserWarning, match="switch_step: 20 of 10 steps"):
         made(scheme="d2lols", steps=10)
     broken = made(guide=lambda prompts, beginnings: 1 / 0)
-    with pytest.raises(PostgradError, match="guide raised ZeroDivisionError.*test_rlgf.py"):
+    with pytest.raises(PostgradError, match=r"guide raised ZeroDivisionError.*test_rlgf.py"):
         broken.collect(0)

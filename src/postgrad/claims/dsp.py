@@ -14,7 +14,11 @@ from postgrad.seeding import derive
 
 LETTERS = "abcdefgh"
 TOKENS = 20  # four keywords of three letters, what ends each, and the end
-ANSWERS, HEARD, CHANCE = 4, 2, 0.9  # answers a stimulus; keywords the black box heeds, and how often
+ANSWERS, HEARD, CHANCE = (
+    4,
+    2,
+    0.9,
+)  # answers a stimulus; keywords the black box heeds, and how often
 STEPS, LEARNING_RATE, SFT_STEPS = 40, 3e-4, 150
 METRIC = "ROUGE-1 of the answers"
 

@@ -1,4 +1,4 @@
-"""RLGF's claim: from a guide's beginnings a policy finds what PPO does not, and passes the guide."""
+"""RLGF's claim: begun by a guide, a policy finds what PPO does not, and passes the guide."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 from postgrad.advantages.group import group_mean_centred
 from postgrad.advantages.roll_in import Scheme, roll_in_lengths, roll_in_masks
 from postgrad.claims.base import Claim, Outcome
+from postgrad.claims.stepping import train_in_steps
 from postgrad.claims.symbols import (
     LETTERS,
     ROLLOUT,
@@ -22,7 +23,6 @@ from postgrad.claims.symbols import (
     strings,
     worth,
 )
-from postgrad.claims.stepping import train_in_steps
 from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.objectives.policy_gradient import aggregate, reinforce
 from postgrad.seeding import generator
@@ -180,9 +180,7 @@ def _guided(guide: LanguagePolicy, count: int, seed: int) -> list[dict[str, str]
     return [{"prompt": a, "completion": text} for a, text in pairs if text]
 
 
-def _measured(
-    policy: LanguagePolicy, hidden: Tensor, seed: int, quick: bool
-) -> dict[str, float]:
+def _measured(policy: LanguagePolicy, hidden: Tensor, seed: int, quick: bool) -> dict[str, float]:
     """How often fresh strings reach the threshold, and their mean hidden score."""
     each = 8 if quick else 64
     texts = sample(policy, each, "measured", seed).texts

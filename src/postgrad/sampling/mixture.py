@@ -132,7 +132,9 @@ def decoding(
                 found.append(kind(network, prompts, owners))
         decoder = found[0]
         if len(found) == 2:
-            decoder = JointDecoder(*found, partial(geometric_mixture, coefficient=mixture))
+            decoder = JointDecoder(
+                found[0], found[1], partial(geometric_mixture, coefficient=mixture)
+            )
         if mask is not None:
             network = networks.enter_context(mask.policy.sampling_network())
             decoder = JointDecoder(decoder, kind(network, prompts, owners), mask.apply)

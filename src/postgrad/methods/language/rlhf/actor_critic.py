@@ -219,9 +219,7 @@ class ActorCritic(Method):
         rows = [self.data.rows[i] for i in index for _ in range(samples)]
         reward, terms = self.judge(rows, rollouts)
         group = torch.arange(len(index)).repeat_interleave(samples)
-        batch = rollout_batch(
-            rollouts, step, group=group, reward=reward, terms=terms, **fields
-        )
+        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms, **fields)
         return self.with_advantages(self.with_known(batch))
 
     def responses(self, index: list[int], step: int) -> tuple[Rollouts, dict[str, Any]]:
@@ -318,9 +316,11 @@ class ActorCritic(Method):
 
     def _score(self, batch: Batch, policy: LanguagePolicy | None = None) -> Tensor:
         """log pi(y_t|s_t) `[N, T]` at the temperature of the rollouts, of the policy or another."""
-        return (policy or self.policy).score(
-            batch.prompts, batch.responses, temperature=self.config.rollout.temperature
-        ).logprobs
+        return (
+            (policy or self.policy)
+            .score(batch.prompts, batch.responses, temperature=self.config.rollout.temperature)
+            .logprobs
+        )
 
     def _values(self, batch: Batch) -> Tensor:
         return self.critic.values(batch.prompts, batch.responses)

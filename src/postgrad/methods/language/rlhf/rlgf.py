@@ -160,7 +160,7 @@ class RLGF(ActorCritic):
         return {**super().modules(), **more}
 
     def rates(self) -> dict[str, float]:
-        return {name: self.config.critic_rate for name in ("critic", "guide_critic")}
+        return dict.fromkeys(("critic", "guide_critic"), self.config.critic_rate)
 
     def scheme(self, step: int) -> Scheme:
         """Who begins the responses of a step."""
@@ -261,7 +261,9 @@ class RLGF(ActorCritic):
         return {
             **super().describe_batch(batch.with_fields(mask=batch.critic_mask)),
             "response/entropy": float(-batch.old_logprobs[own].mean()) if own.any() else 0.0,
-            "advantage/spread": float(batch.advantages[own].std(correction=0)) if own.any() else 0.0,
+            "advantage/spread": float(batch.advantages[own].std(correction=0))
+            if own.any()
+            else 0.0,
             "roll_in/length": float(batch.roll_ins.float().mean()),
             "roll_in/guide_begins": float(self._scheme_of(batch) == "ppo++"),
         }
