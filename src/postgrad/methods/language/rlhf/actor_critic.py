@@ -101,8 +101,8 @@ class ActorCritic(Method):
         G   = A + V_old
 
     G takes A as it is before it is standardised. Two networks, two optimisers: nothing is shared,
-    so there is no weight between the two losses but `critic_rate`. A subclass changes what a response is
-    worth (`judge`), or what its tokens are (`token_rewards`).
+    so there is no weight between the two losses but `critic_rate`. A subclass changes what a
+    response is worth (`judge`), or what its tokens are (`token_rewards`).
     """
 
     Config = ActorCriticSettings
