@@ -133,7 +133,7 @@ def test_wrong_calls_are_refused():
 
 
 def solved(reward, reference, beta):
-    """The optimum of a token MDP whose states are the letters: log pi* and V, `[T, S, A]`, `[T, S]`.
+    """Optimum of a token MDP whose states are letters: log pi* and V, `[T, S, A]`, `[T, S]`.
 
     `reward` and log `reference` are `[T, S, A]`; the state after an action is that letter.
     """
@@ -208,7 +208,8 @@ def test_a_batch_knows_what_the_dpo_model_says():
     metrics = method.describe_batch(batch)
     assert metrics["reward/dpo"] == pytest.approx(float(ratio.mean()))
     assert metrics["dpo_reward/clipped"] == 0
-    assert made(other).describe_batch(made(other).collect(0))["dpo_reward/clipped"] > 0
+    method = made(other, dpo_reward_clip=0.05, dpo_reward_scale=0.5)
+    assert 0 < method.describe_batch(method.collect(0))["dpo_reward/clipped"] < 1
     assert set(method.modules()) == {"policy", "critic"}
 
 

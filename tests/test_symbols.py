@@ -1,6 +1,7 @@
 """The world of strings with a hidden score."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_strings_follow_the_chain():
     for row in rows:
         letters = row["prompt"] + row["completion"]
         assert len(letters) == 13
-        for a, b in zip(letters[:-1], letters[1:], strict=True):
+        for a, b in pairwise(letters):
             counts[symbols.LETTERS.index(a), symbols.LETTERS.index(b)] += 1
     shares = counts / counts.sum(1, keepdim=True)
     torch.testing.assert_close(shares, table, atol=0.03, rtol=0)
@@ -85,7 +86,7 @@ def test_token_rewards_that_are_the_hidden_numbers_correlate_with_them():
     ratios = torch.full((3, 8), torch.nan)
     for row, letters in enumerate(written):
         places = [symbols.LETTERS.index(letter) for letter in letters]
-        for place, pair in enumerate(zip(places[:-1], places[1:], strict=True)):
+        for place, pair in enumerate(pairwise(places)):
             ratios[row, place] = 0.3 * hidden[pair] - 1
     assert rto.correlation(ratios, written, hidden) == pytest.approx(1, abs=1e-5)
     assert rto.correlation(-ratios, written, hidden) == pytest.approx(-1, abs=1e-5)

@@ -11,7 +11,7 @@ def log_ratio_reward(
     scale: float,
     clip: float | None = None,
 ) -> Tensor:
-    """clip(b log pi_r(y_t|s_t) / pi_ref(y_t|s_t), -c, c) `[N, T]`, 0 at padding, without a gradient.
+    """clip(b log pi_r(y_t|s_t) / pi_ref(y_t|s_t), -c, c) `[N, T]`, constant, 0 at padding.
 
     Of a policy pi_r that is optimal for a token reward under a KL to pi_ref of weight beta, beta
     log pi_r/pi_ref is that reward up to the difference of a potential, V(s_{t+1}) - V(s_t); DPO

@@ -1,5 +1,6 @@
 """RTO's claim: with some of a DPO model's log-ratio at every token PPO gets on sooner."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def correlation(ratios: Tensor, written: list[str], hidden: Tensor) -> float:
     found = []
     for row, letters in enumerate(written):
         places = [LETTERS.find(letter) for letter in letters]
-        for place, (a, b) in enumerate(zip(places[:-1], places[1:], strict=True)):
+        for place, (a, b) in enumerate(pairwise(places)):
             if a >= 0 and b >= 0:
                 found.append([float(ratios[row, place]), float(hidden[a, b])])
     return float(torch.tensor(found).T.corrcoef()[0, 1])

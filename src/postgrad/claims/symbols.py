@@ -10,6 +10,7 @@ strings and by their KL to that reference.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def worth(hidden: Tensor, prompt: str, text: str) -> float:
     """The sum of g over neighbours of prompt and text; what is no letter counts nothing."""
     table = hidden.tolist()
     places = [LETTERS.find(letter) for letter in prompt[-1] + text[:LENGTH]]
-    neighbours = zip(places[:-1], places[1:], strict=True)
+    neighbours = pairwise(places)
     return sum(table[a][b] for a, b in neighbours if a >= 0 and b >= 0)
 
 

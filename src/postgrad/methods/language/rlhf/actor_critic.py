@@ -299,9 +299,11 @@ class ActorCritic(Method):
 
     def _score(self, batch: Batch, policy: LanguagePolicy | None = None) -> Tensor:
         """log pi(y_t|s_t) `[N, T]` at the temperature of the rollouts, of the policy or another."""
-        return (policy or self.policy).score(
-            batch.prompts, batch.responses, temperature=self.config.rollout.temperature
-        ).logprobs
+        return (
+            (policy or self.policy)
+            .score(batch.prompts, batch.responses, temperature=self.config.rollout.temperature)
+            .logprobs
+        )
 
     def _values(self, batch: Batch) -> Tensor:
         return self.critic.values(batch.prompts, batch.responses)

@@ -46,7 +46,8 @@ class SALSASettings(ActorCriticSettings):
 
 
 class SALSA(ActorCritic):
-    """Soup-based Alignment Learning for Stronger Adaptation (Chegini et al. 2024, arXiv:2411.01798).
+    """Soup-based Alignment Learning for Stronger Adaptation (Chegini et al. 2024,
+    arXiv:2411.01798).
 
     PPO's KL penalty ties the policy to one fine-tuned model, which may lie at the edge of the basin
     that fine-tuning finds. The mean of the weights of two fine-tuned models lies nearer its middle,
