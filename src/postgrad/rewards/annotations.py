@@ -86,11 +86,11 @@ def quotes_in(text: str) -> list[Quote] | None:
     or under `spans`, `word_scores` or `scores`. Of several the last one counts: models think aloud
     before they answer.
     """
-    found = [quotes for value in _values(text) if (quotes := _quotes(value)) is not None]
+    found = [quotes for value in values_in(text) if (quotes := _quotes(value)) is not None]
     return found[-1] if found and found[-1] else None
 
 
-def _values(text: str) -> Iterator[Any]:
+def values_in(text: str) -> Iterator[Any]:
     """What stands in brackets in a text, as JSON or as Python writes it; not what is within those."""
     start = 0
     while True:

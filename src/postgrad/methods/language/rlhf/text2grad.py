@@ -10,6 +10,7 @@ from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import FourParts, Metrics, NothingToLearn, Place
 from postgrad.methods.language.base import Given, RolloutSettings, pad
+from postgrad.methods.language.rewarded import require_one
 from postgrad.methods.language.rlhf.actor_critic import (
     ActorCritic,
     ActorCriticSettings,
@@ -46,6 +47,9 @@ class Text2GradSettings(ActorCriticSettings):
     annotator_tokens: int = setting(512, "longest critique of the annotator", gt=0)
     reward: list[RewardSpec] | RewardSpec | None = setting(
         None, "what evaluations report, not learnt from; if empty, good spans less poor ones"
+    )
+    reward_time_limit: float = setting(
+        600.0, "seconds that the critiques of a step, or a reward call, may take", gt=0
     )
     default_score: float = setting(
         0.0, "of words that no span touches; official code for programs: 1", ge=-1, le=1
@@ -206,11 +210,7 @@ class Text2Grad(ActorCritic):
 
 def _named(config: Text2GradSettings, place: Place) -> Any:
     """The critique that the settings name: a function, or an annotator."""
-    if (config.critique is None) == (config.annotator is None):
-        raise PostgradError(
-            "critique: name a function, e.g. critique=file.py:function, or else an annotator=…, "
-            f"got {'neither' if config.critique is None else 'both'}"
-        )
+    require_one(critique=config.critique, annotator=config.annotator)
     if config.annotator is None:
         return config.critique
     if "{response}" not in config.instruction:
