@@ -20,7 +20,9 @@ from postgrad.methods.language.base import (
     RolloutSettings,
     draw_responses,
     find_materials,
+    prompt_minibatches,
     render_prompts,
+    require_minibatches,
 )
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
@@ -28,7 +30,6 @@ from postgrad.methods.language.rollouts import (
     describe_rollouts,
     rollout_batch,
     rollout_rows,
-    shuffled_groups,
 )
 from postgrad.models.scalar import ScalarModel, load_scalar
 from postgrad.objectives.control import clipped_value_loss
@@ -128,11 +129,7 @@ class ActorCritic(Method):
         **given: Unpack[Given],
     ):
         super().__init__(config, place)
-        if config.minibatches > config.batch_size:
-            raise PostgradError(
-                f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
-                f"batch_size of {config.batch_size}: at most one step a prompt"
-            )
+        require_minibatches(config.minibatches, config.batch_size)
         found = find_materials(config, place, "prompts", given)
         self.policy, self.data, self.order = found.policy, found.data, found.order
         self.reward = TaskReward(config, self.data, reward)
@@ -248,9 +245,8 @@ class ActorCritic(Method):
         return batch.with_fields(token_rewards=rewards, advantages=advantages, returns=returns)
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
-        yield from shuffled_groups(
-            batch, self.config.epochs, self.config.minibatches, self.place.seed
-        )
+        config = self.config
+        return prompt_minibatches(batch, config.epochs, config.minibatches, self.place.seed)
 
     def update(self, batch: Batch, optimise: Optimise) -> Metrics:
         every = []
