@@ -273,7 +273,10 @@ def test_unreadable_scores_count_as_zero_up_to_a_share():
 
 WRONG = {
     "count": ([[1]], "judge '<lambda>' returned 1 values for 2 completions"),
-    "items": ([[1], [1, 2]], r"completion 2: got \[1, 2\] \(list\), expected 1 scores, one an item"),
+    "items": (
+        [[1], [1, 2]],
+        r"completion 2: got \[1, 2\] \(list\), expected 1 scores, one an item",
+    ),
     "word": ([["good"], [1]], r"completion 1: got the score 'good' \(str\), expected a number"),
     "NaN": ([[1], [float("nan")]], "completion 2: got the score nan"),
     "mapping": ([{"score": 1}, [1]], "completion 1: got None, expected 1 scores"),
@@ -291,9 +294,9 @@ def test_wrong_scores(case):
 def test_faults():
     with pytest.raises(PostgradError, match="rubric: expected at least one item, got none"):
         made(rubric=[])
-    with pytest.raises(PostgradError, match="judge: name a function, .* judge_model=…, got neith"):
+    with pytest.raises(PostgradError, match=r"judge: name a function, .* judge_model=…, got neith"):
         made(judge=None)
-    with pytest.raises(PostgradError, match="refine: name a function, .* meta_model=…, got neith"):
+    with pytest.raises(PostgradError, match=r"refine: name a function, .* meta_model=…, got neith"):
         made(refine=None)
     with pytest.raises(PostgradError, match="meta_samples: expected at most the 16 responses of 2"):
         made(interval=2, meta_samples=17)
@@ -303,17 +306,15 @@ def test_faults():
         made(interval=0)
     with pytest.raises(PostgradError, match="rubric has the item 3"):
         made(rubric=["a", 3])
-    with pytest.raises(PostgradError, match="what refine 'refine' returned is 'no' "):
-
-        def refine(rubric, records):
-            return 3 if records else "no"
-
-        found = evolving(refine)
-        found.remember(ROWS[:1], ["e"], found.score(ROWS[:1], ["e"]))
+    found = evolving(lambda rubric, records: 3)
+    found.remember(ROWS[:1], ["e"], found.score(ROWS[:1], ["e"]))
+    with pytest.raises(PostgradError, match="what refine '<lambda>' returned is 3 "):
         found.update(1, 1, "uniform", generator())
 
 
 # A language model as judge and meta judge ----------------------------------------------------
+
+RECORD = {"prompt": "p", "completion": "c", "scores": [1.0], "reward": 1.0, "evaluation": ""}
 
 
 def test_a_language_model_judges_item_by_item():
@@ -346,8 +347,7 @@ def test_a_language_model_rewrites_the_rubric():
             return [['Both: [{"text": "a", "points": 3}, {"text": "b", "points": 1, "x": 0}]']]
         return [["too kind"]] * len(prompts)
 
-    record = {"prompt": "p", "completion": "c", "scores": [1.0], "reward": 1.0, "evaluation": ""}
-    records = [record, record, {**record, "answer": "42"}]
+    records = [RECORD, RECORD, {**RECORD, "answer": "42"}]
     refined = RubricWriter(chat).refine([Item("old")], records)
     assert refined == [{"text": "a", "points": 3}, {"text": "b", "points": 1}]
     analyse, refine, merge = rounds
@@ -359,15 +359,16 @@ def test_a_language_model_rewrites_the_rubric():
 
 
 def test_without_a_readable_rubric_there_is_none():
-    assert RubricWriter(lambda prompts, max_tokens: [["?"]] * len(prompts)).refine([], []) == []
+    assert (
+        RubricWriter(lambda prompts, max_tokens: [["?"]] * len(prompts)).refine([], [RECORD]) == []
+    )
     assert items_in('[{"text": ""}] [{"text": "x", "points": 0}] [1] []') == []
 
 
 def test_a_language_model_screens_records():
     answers = ["Bad.", "I think good", "42"]
     writer = RubricWriter(lambda prompts, max_tokens: [[answer] for answer in answers])
-    record = {"prompt": "p", "completion": "c", "scores": [], "reward": 0.0, "evaluation": "e"}
-    assert writer.screen([Item("x")], [record] * 3) == ["bad", "good", "ok"]
+    assert writer.screen([Item("x")], [RECORD] * 3) == ["bad", "good", "ok"]
 
 
 def test_the_tiny_model_as_judge_gives_scores_that_cannot_be_read():

@@ -70,14 +70,12 @@ def test_every_way_to_split_words_scores_the_same_words(tokens):
     places = places_of(*tokens)
     scores, skipped = token_scores(text, spans, places)
     assert skipped == 0
-    for place, score in zip(places, scores.tolist(), strict=True):
-        piece = text[slice(*place)].strip(" ,.")
-        expected = 1 if piece and piece in "warm" else -1 if piece and piece in "old" else 0
-        if piece != "e so":
-            assert score == expected, piece
-    # a span of k tokens counts k times
-    size = sum(bool(text[slice(*p)].strip(" ,.")) and 13 <= p[1] - 1 < 17 for p in places)
-    assert float(scores[scores > 0].sum()) == size
+    # "warm" is at 13 to 16 and "old" at 19 to 21: each letter's token has its word's score
+    letters = [1 if 13 <= i <= 16 else -1 if 19 <= i <= 21 else 0 for i in range(len(text))]
+    expected = [sum(letters[slice(*place)]) for place in places]
+    assert scores.sign().tolist() == torch.tensor(expected).sign().tolist()
+    # undivided: a span of k tokens counts k times
+    assert set(scores.tolist()) == {-1, 0, 1}
 
 
 def test_punctuation_has_no_score_unless_it_is_all_that_is_quoted():
@@ -171,7 +169,10 @@ QUOTES = [("so warm", 1.0), ("old", -1.0)]
         ('I say: {"spans": [("so warm", 1), ("old", -1)]}.', QUOTES),
         ("('old', -1), then [('so warm', 1), ('old', -1)]", QUOTES),
         ('{"wrong_code": ["x = 1"], "improvement_code": ["y"]}', [("x = 1", -1), ("y", 0)]),
-        ('{"good_spans": ["draft"]} no: {"good_spans": ["so warm"], "poor_spans": ["old"]}', QUOTES),
+        (
+            '{"good_spans": ["draft"]} no: {"good_spans": ["so warm"], "poor_spans": ["old"]}',
+            QUOTES,
+        ),
         ('{"good_spans": [], "poor_spans": []}', None),
         ('{"good_spans": ["so warm"', None),
         ('[["old", 7]]', None),

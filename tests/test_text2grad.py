@@ -43,9 +43,7 @@ def critique(completions):
 
 def made(critique=critique, **config):
     values = {"model": "tiny", **SHORT, **config}
-    return Text2Grad(
-        validated(Text2Grad.Config, values), Place(), data=ROWS, critique=critique
-    )
+    return Text2Grad(validated(Text2Grad.Config, values), Place(), data=ROWS, critique=critique)
 
 
 def row(*values):
@@ -183,7 +181,9 @@ def test_too_many_quotes_that_are_nowhere_stop_the_run():
     def invents(completions):
         return [[("no such words", 1), (0, 1, 1)] if text else [] for text in completions]
 
-    with pytest.raises(PostgradError, match=r"critique: 5\d% of the spans are not in the responses"):
+    with pytest.raises(
+        PostgradError, match=r"critique: 5\d% of the spans are not in the responses"
+    ):
         made(invents, most_skipped=0.4).collect(0)
     method = made(invents, most_skipped=0.8)
     facts = method.describe_batch(method.collect(0))
@@ -242,9 +242,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
 
 def test_a_language_model_may_write_the_critiques():
     """The tiny model has learnt nothing, so none of its critiques can be read."""
-    method = made(
-        None, annotator="tiny", instruction="{prompt} {response}", annotator_tokens=4
-    )
+    method = made(None, annotator="tiny", instruction="{prompt} {response}", annotator_tokens=4)
     method.check()
     with pytest.raises(NothingToLearn, match="8 of 8 critiques failed"):
         method.collect(0)
@@ -280,23 +278,23 @@ def test_spans_in_all_forms():
 
 
 def test_faults(tmp_path):
-    with pytest.raises(PostgradError, match="critique: name a function, .* got neither"):
+    with pytest.raises(PostgradError, match=r"critique: name a function, .* got neither"):
         made(None)
     both = {"model": "tiny", "critique": "a.py:b", "annotator": "tiny"}
-    with pytest.raises(PostgradError, match="critique: name a function, .* got both"):
+    with pytest.raises(PostgradError, match=r"critique: name a function, .* got both"):
         Text2Grad(validated(Text2Grad.Config, both), Place(), data=ROWS)
-    with pytest.raises(PostgradError, match="instruction: expected a text with {response}"):
+    with pytest.raises(PostgradError, match=r"instruction: expected a text with {response}"):
         made(None, annotator="tiny", instruction="hello")
-    with pytest.raises(PostgradError, match="critique 'no.py:b': no such file no.py"):
+    with pytest.raises(PostgradError, match=r"critique 'no.py:b': no such file no.py"):
         made("no.py:b")
     with pytest.raises(PostgradError, match="unknown critique 'numeric'"):
         made("numeric")
-    with pytest.raises(PostgradError, match="takes no weight, got 0.5"):
-        (tmp_path / "own.py").write_text(CRITIQUE)
+    (tmp_path / "own.py").write_text(CRITIQUE)
+    with pytest.raises(PostgradError, match=r"takes no weight, got 0.5"):
         made(f"{tmp_path / 'own.py'}:critique*0.5")
+
+    def wants(completions, answer):
+        return [[] for _ in completions]
+
     with pytest.raises(PostgradError, match="critique 'wants' needs the column 'answer'"):
-
-        def wants(completions, answer):
-            return [[] for _ in completions]
-
         made(wants).check()

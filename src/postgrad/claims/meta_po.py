@@ -1,4 +1,4 @@
-"""MPO's claim: a rubric that grows with what the policy does cannot be exploited like a short one."""
+"""MPO's claim: a rubric that grows cannot be exploited as a short one is."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -12,13 +12,17 @@ from postgrad.rewards.evolving import Item
 
 STEPS, INTERVAL, EVERY = 100, 10, 10
 LEARNING_RATE = 1e-3
-FOUND, USELESS = 0.8, 0.1  # chances that a broken criterion is seen, and that a useless one is added
+FOUND, USELESS = (
+    0.8,
+    0.1,
+)  # chances that a broken criterion is seen, and that a useless one is added
 METRIC = "gold score at the end"
 FIRST = "says the prompt's letter"
 
 
 def neighbours(text: str) -> list[str]:
-    return [a + b for a, b in zip(text, text[1:], strict=False)]
+    """Letters that follow one another."""
+    return [text[i : i + 2] for i in range(len(text) - 1)]
 
 
 def share(found: int, whole: int) -> float:
@@ -30,15 +34,17 @@ LIBRARY: dict[str, Callable[[str, str], float]] = {
     FIRST: lambda letter, text: min(text.count(letter), 5) / 5,
     "has twelve letters": lambda letter, text: max(0.0, 1 - abs(len(text) - LENGTH) / LENGTH),
     "says no letter twice in a row": lambda letter, text: share(
-        sum(a != b for a, b in neighbours(text)), len(text) - 1
+        sum(pair[0] != pair[1] for pair in neighbours(text)), len(text) - 1
     ),
     "uses many letters": lambda letter, text: len(set(text) & set(LETTERS)) / len(LETTERS),
     "repeats no pair": lambda letter, text: share(len(set(neighbours(text))), len(text) - 1),
     "ends with another letter": lambda letter, text: float(text[-1:] not in ("", letter)),
-    "rises as often as it falls": lambda letter, text: 1
-    - abs(2 * share(sum(a < b for a, b in neighbours(text)), len(text) - 1) - 1),
-    "is half of early letters": lambda letter, text: 1
-    - abs(2 * share(sum(x in LETTERS[:4] for x in text), len(text)) - 1),
+    "rises as often as it falls": lambda letter, text: (
+        1 - abs(2 * share(sum(pair[0] < pair[1] for pair in neighbours(text)), len(text) - 1) - 1)
+    ),
+    "is half of early letters": lambda letter, text: (
+        1 - abs(2 * share(sum(x in LETTERS[:4] for x in text), len(text)) - 1)
+    ),
 }
 NOTHING = "is a string"  # a useless criterion: the same for all
 
@@ -184,12 +190,12 @@ def followed(
 
 CLAIM = Claim(
     slug="meta-po",
-    statement="A policy rewarded by one criterion exploits it and loses what nobody asked for; with "
-    "a meta judge that adds the criteria which well-scored responses break, it ends near a policy "
-    "that was rewarded by all of them from the start.",
-    task="strings of letters (see `rlhf` claims): a library of eight criteria that can be counted, "
-    "gold = the mean of all, the first rubric = how often the prompt's letter is said; 100 steps of "
-    "64 strings, a meta step after every 10, which reads 16 of them",
+    statement="A policy rewarded by one criterion exploits it and loses what nobody asked for; "
+    "with a meta judge that adds the criteria which well-scored responses break, it ends near a "
+    "policy that was rewarded by all of them from the start.",
+    task="strings of twelve letters after a first one, by a tiny language model; a library of "
+    "eight criteria that can be counted, gold = the mean of all, the first rubric = how often the "
+    "prompt's letter is said; 100 steps of 64 strings, a meta step after every 10 reads 16 of them",
     metric=METRIC,
     higher_is_better=True,
     method="MPO",

@@ -6,8 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from postgrad.api import build
 from postgrad.catalogue import method_class
 from postgrad.claims.addition_warm_up import untrained

@@ -15,9 +15,9 @@ step by step. Then write one JSON object, and nothing after it:
 
 {"feedback": "one paragraph", "good_spans": ["..."], "poor_spans": ["..."]}
 
-good_spans are at most two short passages of the response that make it good, poor_spans at most two \
-that make it worse. Quote them exactly as they stand in the response; leave a list empty if there \
-is nothing to quote.
+good_spans are at most two short passages of the response that make it good, poor_spans at most \
+two that make it worse. Quote them exactly as they stand in the response; leave a list empty if \
+there is nothing to quote.
 
 Request:
 {prompt}
@@ -61,7 +61,8 @@ def filled(template: str, **values: Any) -> str:
     Messages are written out with their roles.
     """
     # in one pass from the left, so that a value that holds another's name stays as it is
-    pieces, rest = [], template
+    pieces: list[str] = []
+    rest = template
     while True:
         places = {name: rest.find("{" + name + "}") for name in values}
         found = {name: place for name, place in places.items() if place >= 0}
@@ -91,7 +92,7 @@ def quotes_in(text: str) -> list[Quote] | None:
 
 
 def values_in(text: str) -> Iterator[Any]:
-    """What stands in brackets in a text, as JSON or as Python writes it; not what is within those."""
+    """What a text holds in brackets, as JSON or as Python writes it; not what is within those."""
     start = 0
     while True:
         opened = [place for bracket in "{[" if (place := text.find(bracket, start)) >= 0]

@@ -57,7 +57,9 @@ class Critique:
             for number, (said, text) in enumerate(zip(judged, completions, strict=True), 1)
         ]
 
-    def of_rows(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[Judged]:
+    def of_rows(
+        self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str]
+    ) -> list[Judged]:
         """The same for completions `[N]` of the prompts of N rows of data."""
         return self([row["prompt"] for row in rows], completions, columns_of(rows))
 

@@ -209,9 +209,7 @@ class EvolvingReward:
                 }
             )
 
-    def update(
-        self, step: int, count: int, selector: Selector, generator: torch.Generator
-    ) -> bool:
+    def update(self, step: int, count: int, selector: Selector, generator: torch.Generator) -> bool:
         """Let the meta judge rewrite the rubric after `count` of the records; then forget them.
 
         The present rubric stays if none of the records is chosen or if the new one is empty. Says
@@ -229,7 +227,7 @@ class EvolvingReward:
         return True
 
     def _refined(self, records: list[Record]) -> tuple[Item, ...]:
-        available = {"rubric": list(self.rubric), "records": records}
+        available: dict[str, list[Any]] = {"rubric": list(self.rubric), "records": records}
         given = self._refine.call(available, self._time_limit)
         return items_of(given, f"what {self._refine.title} returned")
 
@@ -240,7 +238,7 @@ class EvolvingReward:
             return stratified([record["reward"] for record in self.records], count, generator)
         assert self._screen is not None
         what = self._screen.title
-        available = {"rubric": list(self.rubric), "records": self.records}
+        available: dict[str, list[Any]] = {"rubric": list(self.rubric), "records": self.records}
         returned = self._screen.call(available, self._time_limit)
         labels = expect_list(returned, len(self.records), what, "labels")
         odd = next((label for label in labels if label not in LABELS), None)

@@ -38,15 +38,23 @@ What the judge said of it:
 Total score: {reward}
 
 """
-SCREEN = _RECORD + """\
+SCREEN = (
+    _RECORD
+    + """\
 Was the response scored as it deserves? Answer with one word: good, ok or bad.
 """
-ANALYSE = _RECORD + """\
+)
+ANALYSE = (
+    _RECORD
+    + """\
 Look for weaknesses of the rubric in at most 1000 words: is the score too high for what the \
 response is, what do the criteria miss, do their points tell such responses apart, what should \
 cost points?
 """
-REFINE = _RECORD + """\
+)
+REFINE = (
+    _RECORD
+    + """\
 An analysis of the rubric's weaknesses:
 {analysis}
 
@@ -55,6 +63,7 @@ how many points, with examples. Answer with a JSON list and nothing after it:
 
 [{"text": "what is judged, and what earns how many points", "points": 5}, ...]
 """
+)
 MERGE = """\
 Below are several rubrics for the same kind of responses. Combine them into one: keep every \
 criterion that is useful, and each only once. Answer with a JSON list and nothing after it:

@@ -207,9 +207,7 @@ class ActorCritic(Method):
             with timed("scoring"):
                 divergence = over_tokens(batch, self._divergence)
         else:
-            divergence = kl_estimate(
-                batch.old_logprobs, batch.reference_logprobs, batch.mask, kind
-            )
+            divergence = kl_estimate(batch.old_logprobs, batch.reference_logprobs, batch.mask, kind)
         return self.kl_coefficient.value * divergence
 
     def check(self) -> None:
@@ -315,9 +313,11 @@ class ActorCritic(Method):
 
     def _score(self, batch: Batch, policy: LanguagePolicy | None = None) -> Tensor:
         """log pi(y_t|s_t) `[N, T]` at the temperature of the rollouts, of the policy or another."""
-        return (policy or self.policy).score(
-            batch.prompts, batch.responses, temperature=self.config.rollout.temperature
-        ).logprobs
+        return (
+            (policy or self.policy)
+            .score(batch.prompts, batch.responses, temperature=self.config.rollout.temperature)
+            .logprobs
+        )
 
     def _divergence(self, batch: Batch) -> Tensor:
         return self.policy.divergence(

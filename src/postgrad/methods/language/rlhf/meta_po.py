@@ -208,7 +208,9 @@ def _evolving(
         require_one(judge=config.judge, judge_model=config.judge_model)
         judge = config.judge
         if config.judge_model is not None:
-            judge = RubricJudge(load_chat(config.judge_model, place.device), config.judge_instruction)
+            judge = RubricJudge(
+                load_chat(config.judge_model, place.device), config.judge_instruction
+            )
     screen = screen if screen is not None else config.screen
     if refine is None:
         require_one(refine=config.refine, meta_model=config.meta_model)
