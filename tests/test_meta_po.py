@@ -226,6 +226,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "interval": 2,
         "selector": "stratified",
         "sample_every": 1,
+        "evaluate_every": 3,
     }
     train("meta-po", steps=6, output=tmp_path / "whole", **settings)
     train("meta-po", steps=3, output=tmp_path / "parts", **settings)

@@ -230,6 +230,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "data": write_rows(tmp_path / "rows.jsonl", ROWS),
         "eval_data": write_rows(tmp_path / "held.jsonl", ROWS),
         "critique": f"{tmp_path / 'own.py'}:critique",
+        "evaluate_every": 2,
         "kl_target": 0.1,
     }
     train("text2grad", steps=4, output=tmp_path / "whole", **settings)
