@@ -10,7 +10,7 @@ from postgrad.claims.symbols import LENGTH, LETTERS, ROLLOUT, prompts, reference
 from postgrad.models.language import LanguagePolicy
 from postgrad.rewards.evolving import Item
 
-STEPS, INTERVAL, EVERY = 100, 10, 10
+STEPS, INTERVAL, EVERY = 60, 10, 10
 LEARNING_RATE = 1e-3
 FOUND, USELESS = (
     0.8,
@@ -31,7 +31,7 @@ def share(found: int, whole: int) -> float:
 
 # What a string may be judged by, each from 0 to 1 and by anybody's counting.
 LIBRARY: dict[str, Callable[[str, str], float]] = {
-    FIRST: lambda letter, text: min(text.count(letter), 5) / 5,
+    FIRST: lambda letter, text: min(text.count(letter), 10) / 10,
     "has twelve letters": lambda letter, text: max(0.0, 1 - abs(len(text) - LENGTH) / LENGTH),
     "says no letter twice in a row": lambda letter, text: share(
         sum(pair[0] != pair[1] for pair in neighbours(text)), len(text) - 1
@@ -118,7 +118,7 @@ ARMS = ("MPO", "first rubric", "refined once", "full rubric")
 SETTINGS: dict[str, Any] = {
     "batch_size": 64,
     "rollout": ROLLOUT,
-    "epochs": 4,
+    "epochs": 2,
     "minibatches": 1,
     "critic_rate": 1.0,
     "kl_coefficient": 0.02,
@@ -195,7 +195,7 @@ CLAIM = Claim(
     "policy that was rewarded by all of them from the start.",
     task="strings of twelve letters after a first one, by a tiny language model; a library of "
     "eight criteria that can be counted, gold = the mean of all, the first rubric = how often the "
-    "prompt's letter is said; 100 steps of 64 strings, a meta step after every 10 reads 16 of them",
+    "prompt's letter is said; 60 steps of 64 strings, a meta step after every 10 reads 16 of them",
     metric=METRIC,
     higher_is_better=True,
     method="MPO",

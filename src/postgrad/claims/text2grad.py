@@ -20,9 +20,9 @@ from postgrad.sampling.generation import SamplingSettings, generate
 LETTERS = "abcdefghijklmnop"
 LENGTH = 8
 TOKENS = LENGTH + 1  # and the end
-STEPS, EVERY = 80, 10
+STEPS, EVERY = 50, 10
 METRIC = "exact, mean over the run"
-_BATCH, _RATE, _TARGET = 128, 2e-3, 0.5
+_BATCH, _RATE, _TARGET = 128, 1e-3, 0.6
 # the best of 3e-4, 1e-3 and 3e-3 by METRIC on seed 100
 ARMS: dict[str, tuple[str, float]] = {
     "Text2Grad": ("text2grad", 1e-3),
@@ -32,9 +32,9 @@ ARMS: dict[str, tuple[str, float]] = {
 SETTINGS = {
     "batch_size": 64,
     "rollout": {"samples": 1, "max_new_tokens": TOKENS, "temperature": 1.0, "top_p": 1.0},
-    "epochs": 4,
+    "epochs": 2,
     "minibatches": 1,
-    "critic_rate": 1.0,
+    "critic_rate": 10.0,
     "kl_coefficient": 0.02,
     "kl_target": None,
     "warmup_steps": 0,
@@ -103,7 +103,7 @@ def start(seed: int, target: float = _TARGET) -> LanguagePolicy:
             max_response_tokens=TOKENS,
         )
         for step, _ in training:
-            if step % 10 == 0 and measured(policy, check)["letters"] >= target:
+            if step % 2 == 0 and measured(policy, check)["letters"] >= target:
                 break
         policy.save(folder)
 
@@ -111,10 +111,10 @@ def start(seed: int, target: float = _TARGET) -> LanguagePolicy:
 
 
 def measured(policy: LanguagePolicy, examples: list[dict[str, str]]) -> dict[str, float]:
-    """Shares of likeliest responses that are `exact`, and of `letters` in their places."""
+    """Shares of sampled responses that are `exact`, and of `letters` in their places."""
     prompts = [policy.render(row["prompt"]) for row in examples]
-    greedy = SamplingSettings(max_new_tokens=TOKENS, temperature=0.0)
-    texts = generate(policy, prompts, greedy, seeds=[0] * len(prompts)).texts
+    seeds = list(range(len(prompts)))
+    texts = generate(policy, prompts, SamplingSettings(TOKENS), seeds=seeds).texts
     pairs = [(text, row["completion"]) for text, row in zip(texts, examples, strict=True)]
     right = sum(a == b for text, right in pairs for a, b in zip(text, right, strict=False))
     return {
