@@ -188,29 +188,37 @@ def reproduce(
 
 
 @main.command()
-@click.argument("methods", nargs=-1, required=True, shell_complete=_complete_method)
+@click.argument(
+    "words", nargs=-1, required=True, metavar="METHOD... [KEY=VALUE]...",
+    shell_complete=_complete_method,
+)  # fmt: skip
 @click.option("--model", help="Model: embedded name, local folder or Hub id.")
 @click.option("--data", required=True, help="Data that all methods share.")
 @click.option("--budget", required=True, type=click.IntRange(1), help="Samples each may use.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1, 100))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of runs and page.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="For every method.")
 def compare(
-    methods: tuple[str, ...],
+    words: tuple[str, ...],
     model: str | None,
     data: str,
     budget: int,
     seeds: int,
     output: Path | None,
-    settings: tuple[str, ...],
 ) -> None:
-    """Train several METHODS on the same data, samples and seeds; a table and a page."""
+    """Train several METHODs on the same data, samples and seeds; a table and a page.
+
+    Settings, as KEY=VALUE, are those of every method.
+    """
+    methods = [word for word in words if "=" not in word]
+    if not methods:
+        raise PostgradError("which methods? `postgrad compare METHOD METHOD … --data …`")
     for method in methods:
         _known(method)
     from postgrad.comparison import compare as run_comparison
     from postgrad.config import merge, parse_overrides
 
-    values = merge(parse_overrides(settings), {"data": data})
+    settings = parse_overrides([word for word in words if "=" in word])
+    values = merge({"data": {"name": data}}, settings)
     if model is not None:
         values = merge(values, {"model": model})
     table, page = run_comparison(

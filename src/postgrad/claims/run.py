@@ -1,6 +1,7 @@
 """Running a claim: every arm under every seed, resumable, and the verdict with its intervals."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.claims.base import Claim, Outcome, load_claim
+from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval, verdict
 
 
@@ -129,4 +131,7 @@ def _one_thread() -> None:
 def _one(slug: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     started = time.perf_counter()
     outcome: Outcome = load_claim(slug).run(arm, seed, quick)
+    for name, value in outcome.values.items():
+        if not math.isfinite(value):
+            raise PostgradError(f"{slug}, {arm}, seed {seed}: {name} is {value}")
     return {**asdict(outcome), "seconds": time.perf_counter() - started}

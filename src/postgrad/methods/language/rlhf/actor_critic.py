@@ -100,7 +100,8 @@ class ActorCritic(Method):
         r_t = -beta log(pi_old(y_t|s_t) / pi_ref(y_t|s_t)) + [t last] R(x, y)
         A   = GAE(gamma, lambda) of r and V, standardised over the batch's tokens
         L   = mean max(-rho A, -clip(rho, 1 - eps, 1 + eps) A),   rho = pi(y_t) / pi_old(y_t)
-        L_V = mean max((V - G)^2, (V_old + clip(V - V_old, -eps_V, eps_V) - G)^2) / 2,   G = A + V_old
+        L_V = mean max((V - G)^2, (V_old + clip(V - V_old, -eps_V, eps_V) - G)^2) / 2,
+        G   = A + V_old
 
     G takes A before it is standardised. Two networks, two optimisers: nothing is shared, so there
     is no weight between the two losses but `critic_rate`. A subclass changes what a response is
