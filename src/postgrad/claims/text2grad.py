@@ -123,15 +123,15 @@ def measured(policy: LanguagePolicy, examples: list[dict[str, str]]) -> dict[str
     }
 
 
-def agreement(arm: str, policy: LanguagePolicy, seed: int) -> float:
+def agreement(arm: str, policy: LanguagePolicy, seed: int, count: int) -> float:
     """Of the letters of a first batch: how often a right one has an advantage above 0.
 
     And a wrong one below. The critic knows nothing yet; the batch is the same for every arm.
     """
     slug, _ = ARMS[arm]
     kind = method_class(slug)
-    _, own = resolve(kind.Config, kind.recipe, {**SETTINGS, "batch_size": 256})
-    objects = {"model": policy, "data": rows(256, "agreement", seed), **JUDGES[arm]}
+    _, own = resolve(kind.Config, kind.recipe, {**SETTINGS, "batch_size": count})
+    objects = {"model": policy, "data": rows(count, "agreement", seed), **JUDGES[arm]}
     batch = build(slug, own, Place(seed), objects).collect(0)
     prompts = [policy.decode(prompt) for prompt in batch.prompts]
     said = critique(prompts, batch.texts)
@@ -144,8 +144,8 @@ def agreement(arm: str, policy: LanguagePolicy, seed: int) -> float:
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    policy = start(seed, *([0.15] if quick else []))
-    agrees = agreement(arm, policy, seed)
+    policy = start(seed, *([0.1] if quick else []))
+    agrees = agreement(arm, policy, seed, 16 if quick else 256)
     points = list(followed(arm, policy, seed, steps=4 if quick else STEPS, quick=quick))
     exact = [values["exact"] for _, values in points]
     values = {
@@ -174,7 +174,7 @@ def followed(
         seed,
         {"model": policy, "data": rows(64 * steps, "prompts", seed), **JUDGES[arm]},
         steps=steps,
-        **{**SETTINGS, "learning_rate": rate or own_rate},
+        **{**SETTINGS, "learning_rate": rate or own_rate, **({"batch_size": 16} if quick else {})},
     )
     for step, _ in training:
         if step % (2 if quick else EVERY) == 0:
