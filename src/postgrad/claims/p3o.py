@@ -11,7 +11,7 @@ from postgrad.advantages.group import leave_one_out
 from postgrad.advantages.penalties import kl_penalised
 from postgrad.advantages.running_means import MovingMean
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.opinions import BUDGETS, TOKENS, gold, reference_policy, subjects, trained
+from postgrad.claims.opinions import TOKENS, gold, reference_policy, subjects, trained
 from postgrad.objectives.trajectory import clipped_responses, p3o_loss
 from postgrad.seeding import generator
 

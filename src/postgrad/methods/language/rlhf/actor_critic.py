@@ -78,7 +78,10 @@ class ActorCriticSettings(RewardedSettings):
     kl_target: float | None = setting(
         None, "KL in nats a response that the coefficient is steered to; if empty it is fixed", gt=0
     )
-    kl_estimate: Literal["k1", "k3"] = setting("k1", "estimate of a token's KL", source="TRL")
+    kl_estimate: Literal["k1", "k3", "full"] = setting(
+        "k1", "of a token: estimates from the sampled one, or the sum over the vocabulary, for "
+        "another forward pass of policy and reference", source="TRL"
+    )  # fmt: skip
     missing_end_penalty: float = setting(
         0.0, "taken off the reward of a response that did not end in time", ge=0
     )
@@ -195,11 +198,18 @@ class ActorCritic(Method):
         The batch has everything but these and what follows from them: `reward` `[N]`,
         `old_logprobs` and `reference_logprobs` `[N, T]` among it.
         """
-        penalty = kl_estimate(
-            batch.old_logprobs, batch.reference_logprobs, batch.mask, self.config.kl_estimate
-        )
         worth = batch.reward - self.config.missing_end_penalty * (~batch.finished).float()
-        return at_last_token(worth, batch.mask) - self.kl_coefficient.value * penalty
+        return at_last_token(worth, batch.mask) - self.kl_penalty(batch)
+
+    def kl_penalty(self, batch: Batch) -> Tensor:
+        """What each token pays for its KL to the reference `[N, T]`; 0 at padding."""
+        kind = self.config.kl_estimate
+        if kind == "full":
+            with timed("scoring"):
+                divergence = over_tokens(batch, self._divergence)
+        else:
+            divergence = kl_estimate(batch.old_logprobs, batch.reference_logprobs, batch.mask, kind)
+        return self.kl_coefficient.value * divergence
 
     def check(self) -> None:
         self.reward.probe()
@@ -211,14 +221,21 @@ class ActorCritic(Method):
         return {"critic": self.config.critic_rate}
 
     def collect(self, step: int) -> Batch:
-        index = self.order.indices(step).tolist()
-        samples = self.config.rollout.samples
+        return self.collected(self.order.indices(step).tolist(), step)
+
+    def collected(self, index: list[int], step: int) -> Batch:
+        """The batch of fresh responses to the prompts of the rows `index`."""
         rollouts, fields = self.responses(index, step)
-        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        rows, group = self.owners(index)
         reward, terms = self.judge(rows, rollouts)
-        group = torch.arange(len(index)).repeat_interleave(samples)
         batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms, **fields)
         return self.with_advantages(self.with_known(batch))
+
+    def owners(self, index: list[int]) -> tuple[list[dict[str, Any]], Tensor]:
+        """The row of data of each of the N responses to rows `index`, and its prompt `[N]`."""
+        samples = self.config.rollout.samples
+        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        return rows, torch.arange(len(index)).repeat_interleave(samples)
 
     def responses(self, index: list[int], step: int) -> tuple[Rollouts, dict[str, Any]]:
         """Responses to the prompts of rows `index`, and more fields of the batch about them."""
@@ -317,6 +334,11 @@ class ActorCritic(Method):
             (policy or self.policy)
             .score(batch.prompts, batch.responses, temperature=self.config.rollout.temperature)
             .logprobs
+        )
+
+    def _divergence(self, batch: Batch) -> Tensor:
+        return self.policy.divergence(
+            batch.prompts, batch.responses, temperature=self.config.rollout.temperature
         )
 
     def _values(self, batch: Batch) -> Tensor:
