@@ -3,7 +3,7 @@ are built on."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,7 @@ class ActorCritic(Method):
         advantage="GAE(gamma, lambda) of token rewards and a critic, standardised over the batch",
         gradient="token log-likelihood ratio",
     )
+    data_format: ClassVar[str | tuple[str, ...]] = "prompts"  # or richer ones, which hold prompts
     config: ActorCriticSettings
 
     def __init__(
@@ -130,9 +131,11 @@ class ActorCritic(Method):
                 f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
                 f"batch_size of {config.batch_size}: at most one step a prompt"
             )
-        found = find_materials(config, place, "prompts", given)
+        found = find_materials(
+            config, place, self.data_format, given, held_out_formats="prompts"
+        )
         self.policy, self.data, self.order = found.policy, found.data, found.order
-        self.reward = TaskReward(config, self.data, reward)
+        self.reward = self.find_reward(reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         self.policy.freeze_reference()
@@ -141,6 +144,10 @@ class ActorCritic(Method):
         self.frontier = Frontier.of(
             config, config.frontier, found, place, rewards=self.reward.functions
         )
+
+    def find_reward(self, reward: Any) -> TaskReward:
+        """The reward that was passed from Python, or the one that settings or data name."""
+        return TaskReward(self.config, self.data, reward)
 
     def _find_critic(self) -> ScalarModel:
         name = self.config.critic
@@ -184,7 +191,10 @@ class ActorCritic(Method):
         return {"critic": self.config.critic_rate}
 
     def collect(self, step: int) -> Batch:
-        index = self.order.indices(step).tolist()
+        return self.collected(self.order.indices(step).tolist(), step)
+
+    def collected(self, index: list[int], step: int) -> Batch:
+        """The batch of fresh responses to the prompts of the rows `index`."""
         samples = self.config.rollout.samples
         rollouts = draw_responses(
             self.policy,
