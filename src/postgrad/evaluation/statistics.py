@@ -1,6 +1,7 @@
 """Statistics over seeds: means with Student intervals, paired comparisons, bootstrap intervals."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,3 +44,12 @@ def verdict(method: Sequence[float], baseline: Sequence[float], higher_is_better
     if gap.low > 0:
         return "yes"
     return "no" if gap.high < 0 else "not separable"
+
+
+def separation(upper: Sequence[float], lower: Sequence[float]) -> float:
+    """The probability that a value of `upper` is above one of `lower`; ties count half (AUC)."""
+    if not upper or not lower:
+        raise ValueError("no values to tell apart")
+    ordered = sorted(lower)
+    ahead = sum(bisect_left(ordered, value) + bisect_right(ordered, value) for value in upper)
+    return ahead / (2 * len(upper) * len(lower))
