@@ -243,7 +243,13 @@ def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
     own = METHODS[arm]
     settings = {
         **own,
-        "em": {"rounds": rounds, "steps": em_steps, "batch_size": 32, "rate": 1.0, **own.get("em", {})},
+        "em": {
+            "rounds": rounds,
+            "steps": em_steps,
+            "batch_size": 32,
+            "rate": 1.0,
+            **own.get("em", {}),
+        },
         "steps": rounds * em_steps + steps,
         "batch_size": 64,
         "rollout": {"samples": 1, "max_new_tokens": TOKENS},

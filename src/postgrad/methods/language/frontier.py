@@ -83,7 +83,9 @@ class Frontier:
         return cls(found.policy, found.held_out, rewards, preference, config, settings, place.seed)
 
     @torch.no_grad()
-    def measure(self, policy: LanguagePolicy, others: Mapping[str, Snapshot] | None = None) -> Metrics:
+    def measure(
+        self, policy: LanguagePolicy, others: Mapping[str, Snapshot] | None = None
+    ) -> Metrics:
         """Means over fresh samples.
 
         `reward`, and each term of it if there are several; `kl`, the mean of log pi/pi_ref in nats

@@ -131,9 +131,7 @@ class ActorCritic(Method):
                 f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
                 f"batch_size of {config.batch_size}: at most one step a prompt"
             )
-        found = find_materials(
-            config, place, self.data_format, given, held_out_formats="prompts"
-        )
+        found = find_materials(config, place, self.data_format, given, held_out_formats="prompts")
         self.policy, self.data, self.order = found.policy, found.data, found.order
         self.reward = self.find_reward(reward)
         room = config.rollout.max_new_tokens

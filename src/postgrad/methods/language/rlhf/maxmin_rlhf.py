@@ -1,6 +1,5 @@
 """MaxMin-RLHF."""
 
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,9 +146,7 @@ class MaxMinRLHF(ActorCritic):
             return
         seed, size = self.place.seed, self.config.batch_size
         random = generator(seed, "reference samples")
-        index = torch.randint(
-            len(self.prompts), (self.config.reference_samples,), generator=random
-        )
+        index = torch.randint(len(self.prompts), (self.config.reference_samples,), generator=random)
         found = []
         for number, part in enumerate(index.split(size)):
             with self.policy.reference():

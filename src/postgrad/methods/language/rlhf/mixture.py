@@ -167,9 +167,7 @@ class RewardMixture:
 
     def describe(self) -> Metrics:
         counts = torch.bincount(self.assignment, minlength=self.config.groups).tolist()
-        metrics = {
-            f"users/{name}": float(n) for name, n in zip(self.models, counts, strict=True)
-        }
+        metrics = {f"users/{name}": float(n) for name, n in zip(self.models, counts, strict=True)}
         if self.likelihood is not None:
             metrics["likelihood"] = self.likelihood
         return metrics

@@ -62,7 +62,8 @@ class RewardModelingSettings(ComparisonSettings):
         "smollm2", "language model whose body the reward model has, or reward model to go on from"
     )
     data: DataSettings = setting(
-        DataSettings(name="docstrings"), "preferences; a column `strength` takes the ensemble's place"
+        DataSettings(name="docstrings"),
+        "preferences; a column `strength` takes the ensemble's place",
     )
     batch_size: int = setting(32, "pairs a step", gt=0, source="official code: 4 on each of 8 GPUs")
     max_response_tokens: int = setting(512, "longer responses are cut", gt=0)
@@ -77,7 +78,9 @@ class RewardModelingSettings(ComparisonSettings):
         10, "reward models whose mean is a pair's strength, each trained in one of the first steps",
         ge=2, source="paper",
     )  # fmt: skip
-    ensemble_epochs: int = setting(1, "their passes over the pairs: few, lest they learn noise", gt=0)
+    ensemble_epochs: int = setting(
+        1, "their passes over the pairs: few, lest they learn noise", gt=0
+    )
     normalise_strength: bool = setting(False, "let each model of the ensemble count the same")
     label_smoothing: float = setting(
         0.0, "constant probability p that a label counts as wrong", ge=0, lt=0.5
@@ -213,7 +216,9 @@ class RewardModeling(Method):
             smoothing = self.config.label_smoothing
             if self.remedies:
                 strength, _ = self.strength()
-                self._treatment = treated(strength, self.remedies, self.config.flip_share, smoothing)
+                self._treatment = treated(
+                    strength, self.remedies, self.config.flip_share, smoothing
+                )
             else:
                 self._treatment = untreated(len(self.data), smoothing)
         return self._treatment
