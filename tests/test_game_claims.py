@@ -42,16 +42,16 @@ def test_the_games_judge_is_the_opinions_judge():
 
 
 def test_a_trajectory_begins_at_the_reference_and_ends_with_the_last_step():
-    games = Games.draw(0)
+    games = Games.draw(0, 10, 10)
     at_equilibrium = torch.stack(
         [
-            nash_policy(game, log_mu.exp(), 0.5)
-            for game, log_mu in zip(games.preferences, games.log_mu, strict=True)
+            nash_policy(game, reference.exp(), 0.5)
+            for game, reference in zip(games.preferences, games.reference, strict=True)
         ]
     )
     assert games.gap(at_equilibrium.log(), 0.5) == pytest.approx(0, abs=1e-10)
-    curve = games.trajectory(lambda log_policy, t: at_equilibrium.log(), 50, 0.5)
-    assert curve[0] == (0.0, games.gap(games.log_mu, 0.5))
+    curve = games.trajectory(lambda policy, t: at_equilibrium.log(), 50, 0.5)
+    assert curve[0] == (0.0, games.gap(games.reference, 0.5))
     assert [curve[1][0], curve[-1][0]] == [1.0, 50.0]
     assert curve[-1][1] == pytest.approx(0, abs=1e-10)
 

@@ -237,3 +237,18 @@ def test_a_preference_outside_the_unit_interval_is_named():
 def test_a_bad_setting_is_named(setting, message):
     with pytest.raises(PostgradError, match=message):
         made(**setting)
+
+
+def test_a_step_without_a_comparison_is_passed_over(tmp_path):
+    """All samples worth the same: nothing is learnt, the run goes on, and is ended in the end."""
+    same = {**SMALL, **SHORT, "minibatches": 1, "frontier": {"max_new_tokens": 5}}
+
+    def alike(completions):
+        return [0.0] * len(completions)
+
+    run = train("dno", data=ROWS, reward=alike, output=tmp_path / "run", steps=3, **same)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert run.finished.step == 3
+    assert sum(row.get("passed_over", 0) for row in rows) == 3
+    with pytest.raises(PostgradError, match=r"no comparison is left.*so it was for 20 steps"):
+        train("dno", data=ROWS, reward=alike, output=tmp_path / "longer", steps=30, **same)

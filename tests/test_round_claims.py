@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from postgrad.claims import apo, dno, inpo
-from postgrad.claims.cycle import CYCLE
-from postgrad.claims.sampled_games import Games, Sampled, every_pair, fitted
+from postgrad.claims.matrix_games import Games
+from postgrad.claims.sampled_games import Sampled, every_pair, fitted, sample_pairs
 from postgrad.objectives.iterative import geometric_centre, mirror_step
 
 GAMES = Games.draw(0, 3, 4)
@@ -18,7 +18,7 @@ def endless(policy):
 
 
 def test_shares_of_samples_are_those_of_the_policy_and_its_preferences():
-    sampled = GAMES.sample(GAMES.reference, 40_000, 0)
+    sampled = sample_pairs(GAMES, GAMES.reference, 40_000, 0)
     expected = endless(GAMES.reference)
     # four standard errors of a share of 40 000 pairs
     torch.testing.assert_close(sampled.wins, expected.wins, atol=0.01, rtol=0)
@@ -76,8 +76,3 @@ def test_exact_rounds_of_the_bandit_follow_the_closed_form():
     same = apo.bandit_rounds(3, 0.0, 1 / 5.107, 1, exact=True)
     assert fast[4] == pytest.approx(same[1])
     assert plain[6] < fast[4] < plain[5]
-
-
-def test_the_cycle_is_that_of_the_tones():
-    expected = [[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]]
-    torch.testing.assert_close(CYCLE, torch.tensor(expected).double())

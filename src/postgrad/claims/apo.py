@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from postgrad.claims.base import Claim, Outcome
+from postgrad.claims.matrix_games import Games
 from postgrad.claims.opinions import TOKENS, gold_preference, reference_policy, subjects, trained
-from postgrad.claims.sampled_games import Games, every_pair, fitted
+from postgrad.claims.sampled_games import every_pair, fitted, sample_pairs
 from postgrad.objectives.iterative import extrapolated_logits, mirror_step
 from postgrad.objectives.pairwise import logistic, margin
 from postgrad.seeding import generator
@@ -102,7 +103,7 @@ def bandit_rounds(seed: int, alpha: float, beta: float, rounds: int, *, exact: b
 
 def one_round(prompts: Games, centre: Tensor, beta: float, seed: int, number: int) -> Tensor:
     """DPO around the centre `[prompts, responses]`, from it, on fresh pairs."""
-    sampled = prompts.sample(centre, PAIRS, seed, number)
+    sampled = sample_pairs(prompts, centre, PAIRS, seed, number)
 
     def loss(policy: Tensor) -> Tensor:
         delta = margin(*every_pair(policy).unbind(1), *every_pair(centre).unbind(1))

@@ -2,8 +2,8 @@
 
 The judge (`opinions.cyclic_preference`) sees nothing but the tone of an opinion, so the shares of
 the three tones in a policy's opinions say how it fares against any other: shares p and q meet with
-P(p > q) = p^T C q. The reference writes approving opinions in two cases of three, and loses to
-neutral ones. Nobody can win against the even mixture.
+P(p > q) = p^T C q. Nobody can win against the even mixture; whoever only improves on the last
+policy goes round.
 """
 
 from typing import Any
@@ -28,9 +28,18 @@ TONES = ("approving", "disapproving", "neutral")
 CYCLE = torch.tensor([[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]], dtype=torch.float64)
 _ODDS = (6, 1, 1)
 
+# what claims of iterative methods share: four optimiser steps a round of 32 prompts
+ROUNDS_OF_FOUR: dict[str, Any] = {
+    "rollout": {"samples": 4, "max_new_tokens": TOKENS, "temperature": 1.0, "top_p": 1.0},
+    "minibatches": 4,
+    "warmup_steps": 0,
+    "learning_rate": 2e-4,
+    "beta": 0.5,
+}
+
 
 def approving_reference(seed: int, quick: bool) -> LanguagePolicy:
-    """The reference policy, which mostly approves."""
+    """A reference that approves in two cases of three, and so loses to neutral opinions."""
     return reference_policy(seed, *([5] if quick else []), tones=_ODDS)
 
 
@@ -53,7 +62,8 @@ def played(
 ) -> Outcome:
     """Train against `preference`; how much the best answer by tone gains on the policy's opinions.
 
-    Values are of the last policy and, as training may circle, means over its second half.
+    Values are of the last policy and, as training may circle, means over its second half; that of
+    the average is of the average of all policies looked at.
     """
     policy.freeze_reference()
     count = 2 if quick else 20
@@ -75,9 +85,11 @@ def played(
     last = tone_shares(policy, 2 * count, seed, "last")
     gains = [(step, gained(shares)) for step, shares in curve]
     late = [gain for step, gain in gains if step > steps / 2] or [gained(last)]
+    average = torch.stack([found for _, found in curve]).mean(0)
     values = {
         "opinions: exploitability at the end": gained(last),
         "opinions: exploitability in the second half": sum(late) / len(late),
+        "opinions: exploitability of the average": gained(average),
         "opinions: win rate against the reference": float(
             last.double() @ CYCLE @ curve[0][1].double()
         ),

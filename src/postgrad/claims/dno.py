@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.cycle import WORLD, played
-from postgrad.claims.opinions import reference_policy
-from postgrad.claims.sampled_games import Games, Sampled, every_pair, fitted
+from postgrad.claims.cyclic_opinions import ROUNDS_OF_FOUR, played
+from postgrad.claims.matrix_games import Games
+from postgrad.claims.opinions import cyclic_preference, reference_policy
+from postgrad.claims.sampled_games import Sampled, every_pair, fitted, sample_pairs
 from postgrad.objectives.iterative import mirror_step, soft_pair
 from postgrad.objectives.pairwise import logistic, margin
 
@@ -63,16 +64,16 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     slug, settings = LANGUAGE[arm]
     found = played(
         slug,
-        {**WORLD, **settings},
+        {**ROUNDS_OF_FOUR, **settings},
         # with fewer steps no opinion has a tone yet, and there is nothing to prefer
         reference_policy(seed, *([80] if quick else [])),
+        cyclic_preference,
         seed,
+        steps=2 if quick else 16,
+        every=2,
         quick=quick,
     )
-    return Outcome(
-        tables.values | {f"opinions: {name}": value for name, value in found.values.items()},
-        tables.curves | {f"opinions: {name}": curve for name, curve in found.curves.items()},
-    )
+    return Outcome(tables.values | found.values, tables.curves | found.curves)
 
 
 def in_tables(arm: str, seed: int, quick: bool) -> Outcome:
@@ -85,10 +86,8 @@ def in_tables(arm: str, seed: int, quick: bool) -> Outcome:
     chances = torch.stack([policy.exp() for policy in policies])
     averages = chances.cumsum(0) / torch.arange(1, len(chances) + 1).view(-1, 1, 1)
     curves = {
-        METRIC: [float(games.exploitabilities(average).median()) for average in averages],
-        "exploitability of the last policy": [
-            float(games.exploitabilities(policy).median()) for policy in chances
-        ],
+        METRIC: [games.exploited(average) for average in averages],
+        "exploitability of the last policy": [games.exploited(policy) for policy in chances],
     }
     return Outcome(
         {name: values[-1] for name, values in curves.items()},
@@ -100,9 +99,8 @@ def own_rounds(arm: str, games: Games, seed: int, rounds: int) -> list[Tensor]:
     """Each policy is fitted around the last one to pairs that it drew."""
     policies = [games.reference]
     for number in range(rounds):
-        policies.append(
-            one_round(arm, policies[-1], games.sample(policies[-1], PAIRS, seed, number))
-        )
+        sampled = sample_pairs(games, policies[-1], PAIRS, seed, number)
+        policies.append(one_round(arm, policies[-1], sampled))
     return policies
 
 
@@ -116,7 +114,7 @@ def offline_rounds(arm: str, games: Games, seed: int, rounds: int) -> list[Tenso
     loss, eta = TABULAR[arm]
     policies, wins = [games.reference], torch.zeros_like(games.preferences)
     for number in range(rounds):
-        wins = wins + games.sample(games.reference, PAIRS, seed, number).wins
+        wins = wins + sample_pairs(games, games.reference, PAIRS, seed, number).wins
         pairs = Sampled(wins / (number + 1))
 
         def value(policy: Tensor, pairs: Sampled = pairs) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.cycle import WORLD, played
-from postgrad.claims.opinions import reference_policy
-from postgrad.claims.sampled_games import Games, Sampled, every_pair, fitted
+from postgrad.claims.cyclic_opinions import ROUNDS_OF_FOUR, played
+from postgrad.claims.matrix_games import Games
+from postgrad.claims.opinions import cyclic_preference, reference_policy
+from postgrad.claims.sampled_games import Sampled, every_pair, fitted, sample_pairs
 from postgrad.objectives.iterative import geometric_centre, inpo, sppo
 from postgrad.objectives.pairwise import logistic, margin
 
@@ -68,16 +69,16 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     slug, settings = LANGUAGE[arm]
     found = played(
         slug,
-        {**WORLD, **settings},
+        {**ROUNDS_OF_FOUR, **settings},
         # with fewer steps no opinion has a tone yet, and there is nothing to prefer
         reference_policy(seed, *([80] if quick else [])),
+        cyclic_preference,
         seed,
+        steps=2 if quick else 16,
+        every=2,
         quick=quick,
     )
-    return Outcome(
-        exact.values | {f"opinions: {name}": value for name, value in found.values.items()},
-        exact.curves | {f"opinions: {name}": curve for name, curve in found.curves.items()},
-    )
+    return Outcome(exact.values | found.values, exact.curves | found.curves)
 
 
 def in_tables(arm: str, seed: int, quick: bool) -> Outcome:
@@ -86,10 +87,10 @@ def in_tables(arm: str, seed: int, quick: bool) -> Outcome:
     policies = [games.reference]
     for number in range(2 if quick else ROUNDS):
         centre = policies[-1]
-        sampled = games.sample(centre, PAIRS, seed, number)
+        sampled = sample_pairs(games, centre, PAIRS, seed, number)
         policies.append(one_round(arm, games, centre, sampled))
-    gaps = [float(games.gaps(policy, TAU).median()) for policy in policies]
-    exploited = [float(games.exploitabilities(policy.exp()).median()) for policy in policies]
+    gaps = [games.gap(policy, TAU) for policy in policies]
+    exploited = [games.exploited(policy.exp()) for policy in policies]
     curves = {METRIC: gaps, "exploitability": exploited}
     return Outcome(
         {name: values[-1] for name, values in curves.items()}

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from postgrad.objectives.game import duality_gap, random_game
+from postgrad.objectives.game import duality_gap, exploitability, random_game, wins_against
 from postgrad.objectives.pairwise import logistic
 from postgrad.seeding import generator
 
-GAMES, RESPONSES = 10, 10
 _POINTS = 25  # of a trajectory
 
 Curve = list[tuple[float, float]]
@@ -18,37 +17,45 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Games:
-    """Games between responses, P `[G, K, K]`, and the reference of each, log mu `[G, K]`."""
+    """`preferences` `[G, K, K]` of G games, and log-probabilities `[G, K]` of their references."""
 
     preferences: Tensor
-    log_mu: Tensor
+    reference: Tensor
 
     @classmethod
-    def draw(cls, seed: int) -> "Games":
-        """Uniform preferences; the reference is the softmax of normal numbers."""
-        random = generator(seed, "matrix games")
-        preferences = torch.stack([random_game(RESPONSES, random) for _ in range(GAMES)])
-        logits = torch.randn(GAMES, RESPONSES, generator=random, dtype=torch.float64)
-        return cls(preferences, logits.log_softmax(-1))
+    def draw(cls, seed: int, count: int, size: int, *, uniform: bool = False) -> "Games":
+        """References are the softmax of standard normal numbers, or uniform."""
+        random = generator(seed, "games")
+        games = torch.stack([random_game(size, random) for _ in range(count)])
+        logits = torch.randn(count, size, generator=random, dtype=torch.float64)
+        return cls(games, (logits * (not uniform)).log_softmax(-1))
 
-    def gap(self, log_policy: Tensor, tau: float) -> float:
-        """The median over games of the duality gap regularised by tau."""
-        gaps = duality_gap(self.preferences, log_policy.exp(), self.log_mu.exp(), tau)
+    def win_rates(self, policy: Tensor) -> Tensor:
+        """P(y > policy) `[G, K]`, of log-probabilities `[G, K]`."""
+        return wins_against(self.preferences, policy.exp())
+
+    def gap(self, policy: Tensor, tau: float) -> float:
+        """The median over games of the duality gap regularised towards the references by tau."""
+        gaps = duality_gap(self.preferences, policy.exp(), self.reference.exp(), tau)
         return float(gaps.median())
+
+    def exploited(self, probabilities: Tensor) -> float:
+        """The median over games of max_y P(y > policy) - 1/2, of probabilities `[G, K]`."""
+        return float(exploitability(self.preferences, probabilities).median())
 
     def trajectory(self, step: Callable[[Tensor, int], Tensor], steps: int, tau: float) -> Curve:
         """The gap after some of `steps` steps from the reference, and after the last.
 
-        `step(log_policy, t)`, t from 0, returns the next log-policy `[G, K]`.
+        `step(policy, t)`, t from 0, returns the next log-probabilities `[G, K]`.
         """
         marks = torch.logspace(0, torch.tensor(steps).log10(), _POINTS, dtype=torch.float64)
         wanted = {0, *marks.round().long().tolist()}
-        log_policy = self.log_mu
-        curve = [(0.0, self.gap(log_policy, tau))]
+        policy = self.reference
+        curve = [(0.0, self.gap(policy, tau))]
         for count in range(1, steps + 1):
-            log_policy = step(log_policy, count - 1)
+            policy = step(policy, count - 1)
             if count in wanted:
-                curve.append((float(count), self.gap(log_policy, tau)))
+                curve.append((float(count), self.gap(policy, tau)))
         return curve
 
 

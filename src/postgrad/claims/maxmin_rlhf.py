@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from postgrad.advantages.maxmin import GroupWeights, MaxMinForm, maxmin_reward
 from postgrad.claims.base import Claim, Outcome

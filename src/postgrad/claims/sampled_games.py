@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from postgrad.objectives.game import duality_gap, exploitability, random_game
+from postgrad.claims.matrix_games import Games
 from postgrad.seeding import generator
 
 # of logits `[G, K]` and what was sampled: the loss of each game, `[G]`
@@ -38,56 +38,20 @@ class Sampled:
         return (self.wins * losses).sum((-1, -2))
 
 
-@dataclass(frozen=True)
-class Games:
-    """`preferences` `[G, K, K]` of G games, and log-probabilities `[G, K]` of their references."""
-
-    preferences: Tensor
-    reference: Tensor
-
-    @classmethod
-    def draw(cls, seed: int, count: int, size: int, *, uniform: bool = False) -> "Games":
-        """References are the softmax of standard normal numbers, or uniform."""
-        random = generator(seed, "games")
-        games = torch.stack([random_game(size, random) for _ in range(count)])
-        logits = torch.randn(count, size, generator=random, dtype=torch.float64)
-        return cls(games, (logits * (not uniform)).log_softmax(-1))
-
-    def win_rates(self, policy: Tensor) -> Tensor:
-        """P(y > policy) `[G, K]`, of log-probabilities `[G, K]`."""
-        return torch.einsum("gij,gj->gi", self.preferences, policy.exp())
-
-    def sample(self, policy: Tensor, pairs: int, *stream: object) -> Sampled:
-        """`pairs` pairs of independent responses in every game, one drawn label each."""
-        random = generator(0, "pairs", *stream)
-        count, size = policy.shape
-        first, second = (
-            torch.multinomial(policy.exp(), pairs, replacement=True, generator=random)
-            for _ in range(2)
-        )
-        rows = torch.arange(count).unsqueeze(1)
-        chance = self.preferences[rows, first, second]
-        won = torch.rand(count, pairs, generator=random, dtype=torch.float64) < chance
-        winner, loser = torch.where(won, first, second), torch.where(won, second, first)
-        wins = torch.zeros(count, size * size, dtype=torch.float64)
-        wins.scatter_add_(1, winner * size + loser, torch.ones_like(chance))
-        return Sampled(wins.view(count, size, size) / pairs)
-
-    def gaps(self, policy: Tensor, tau: float) -> Tensor:
-        """The duality gap `[G]` of each game that is regularised towards its reference by tau."""
-        return self._each(duality_gap, policy.exp(), self.reference.exp(), tau)
-
-    def exploitabilities(self, probabilities: Tensor) -> Tensor:
-        """max_y P(y > policy) - 1/2 `[G]`, of probabilities `[G, K]`."""
-        return self._each(exploitability, probabilities)
-
-    def _each(self, function: Callable[..., Tensor], *tables: Tensor | float) -> Tensor:
-        return torch.stack(
-            [
-                function(game, *(t[i] if isinstance(t, Tensor) else t for t in tables))
-                for i, game in enumerate(self.preferences)
-            ]
-        )
+def sample_pairs(games: Games, policy: Tensor, pairs: int, *stream: object) -> Sampled:
+    """`pairs` pairs of independent responses of a policy `[G, K]` in every game, a label each."""
+    random = generator(0, "pairs", *stream)
+    count, size = policy.shape
+    first, second = (
+        torch.multinomial(policy.exp(), pairs, replacement=True, generator=random) for _ in range(2)
+    )
+    rows = torch.arange(count).unsqueeze(1)
+    chance = games.preferences[rows, first, second]
+    won = torch.rand(count, pairs, generator=random, dtype=torch.float64) < chance
+    winner, loser = torch.where(won, first, second), torch.where(won, second, first)
+    wins = torch.zeros(count, size * size, dtype=torch.float64)
+    wins.scatter_add_(1, winner * size + loser, torch.ones_like(chance))
+    return Sampled(wins.view(count, size, size) / pairs)
 
 
 def every_pair(values: Tensor) -> Tensor:

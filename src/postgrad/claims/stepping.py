@@ -8,7 +8,7 @@ import torch
 from postgrad.api import build
 from postgrad.catalogue import method_class
 from postgrad.config import resolve
-from postgrad.methods.base import Metrics, Place
+from postgrad.methods.base import Metrics, NothingToLearn, Place
 from postgrad.seeding import seed_everything
 from postgrad.training.optimise import Optimisers
 
@@ -19,7 +19,8 @@ def train_in_steps(
     """The real method under the loop's optimiser, on the CPU and without a run folder.
 
     `objects` are what the method takes from Python (`model`, `data`, `reward`); the caller keeps
-    the model and sees it change. Yields each step's number, from 1, and metrics.
+    the model and sees it change. Yields each step's number, from 1, and metrics (none where there
+    was nothing to learn).
     """
     kind = method_class(slug)
     loop, own = resolve(kind.Config, kind.recipe, {"seed": seed, **settings})
@@ -30,5 +31,9 @@ def train_in_steps(
     optimise = Optimisers(method.modules(), loop, place.device, method.rates())
     for step in range(loop.steps):
         optimise.set_step(step)
-        batch = method.collect(step)
+        try:
+            batch = method.collect(step)
+        except NothingToLearn:
+            yield step + 1, {}
+            continue
         yield step + 1, {**method.describe_batch(batch), **method.update(batch, optimise)}

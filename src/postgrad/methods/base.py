@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import Settings
+from postgrad.errors import PostgradError
 
 Metrics = dict[str, float]
 LossFunction = Callable[[Batch], tuple[Tensor, Metrics]]
@@ -61,6 +62,10 @@ class Optimise(Protocol):
         ...
 
 
+class NothingToLearn(PostgradError):
+    """This step's samples teach nothing, as when all are alike: the loop goes on to the next."""
+
+
 class Method(ABC):
     """One published method.
 
@@ -86,7 +91,11 @@ class Method(ABC):
 
     @abstractmethod
     def collect(self, step: int) -> Batch:
-        """The batch of step `step` (from 0): from a dataset, rollouts, an environment, replay …"""
+        """The batch of step `step` (from 0): from a dataset, rollouts, an environment, replay …
+
+        Raises:
+            NothingToLearn: the step is to be passed over.
+        """
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:

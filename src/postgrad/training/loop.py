@@ -18,7 +18,7 @@ from postgrad import timing
 from postgrad.batch import Batch
 from postgrad.config import LoopSettings
 from postgrad.errors import NonFinite, PostgradError
-from postgrad.methods.base import Method, Metrics
+from postgrad.methods.base import Method, Metrics, NothingToLearn
 from postgrad.timing import timed
 from postgrad.training.checkpoint import (
     load_latest,
@@ -32,6 +32,8 @@ from postgrad.training.console import Watcher
 from postgrad.training.optimise import Optimisers, autocast, evaluated
 from postgrad.training.profile import Profiler
 from postgrad.training.record import RunFolder
+
+_MOST_PASSED_OVER = 20  # steps in a row
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Loop:
         self._evaluation: Metrics = {}
         self._evaluated: int | None = None  # the step of the last evaluation
         self._stop_asked = False
+        self._passed_over = 0  # steps in a row
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint of the folder, or from the start without one."""
@@ -111,8 +114,13 @@ class Loop:
         self.optimise.set_step(self.step)
         trained = self.optimise.tokens
         with self._keeping_what_was_learnt():
-            with timed("data"), autocast(self.settings.precision, self.method.place.device):
-                batch = self.method.collect(self.step)
+            try:
+                with timed("data"), autocast(self.settings.precision, self.method.place.device):
+                    batch = self.method.collect(self.step)
+            except NothingToLearn as reason:
+                self._pass_over(reason, started)
+                return
+            self._passed_over = 0
             metrics = self.method.describe_batch(batch)
             self._require_finite(metrics, batch)
         try:
@@ -136,6 +144,18 @@ class Loop:
             rows = self.method.samples(batch)
             self.folder.samples(self.step, rows)
             self.watcher.samples(self.step, rows)
+
+    def _pass_over(self, reason: NothingToLearn, started: float) -> None:
+        """Count a step that had nothing to learn; too many in a row end the run."""
+        self._passed_over += 1
+        if self._passed_over > _MOST_PASSED_OVER:
+            raise PostgradError(f"{reason}; so it was for {_MOST_PASSED_OVER} steps before")
+        self.step += 1
+        if self._profiler:
+            seconds = {**timing.take(), "step": time.perf_counter() - started}
+            self._profiler.end_step(self.step, seconds, 0, 0)
+        self.folder.metrics(self.step, {"passed_over": 1.0})
+        self.watcher.say(f"step {self.step} is passed over: {reason}")
 
     @contextmanager
     def _between_steps(self, name: str) -> Iterator[None]:

@@ -1,11 +1,13 @@
 """What the language methods share: their settings, and how a policy and its data are found."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from postgrad.batch import Batch
 from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -15,7 +17,7 @@ from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.models.text_network import TextNetwork
 from postgrad.sampling.epochs import Epochs
 from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
-from postgrad.seeding import derive
+from postgrad.seeding import derive, generator
 from postgrad.tasks import Examples
 from postgrad.timing import timed
 
@@ -205,6 +207,31 @@ def draw_responses(
             seeds=seeds,
             mixture=mixture,
         )
+
+
+def require_minibatches(minibatches: int, batch_size: int) -> None:
+    """Stop at more optimiser steps a pass than there are prompts."""
+    if minibatches > batch_size:
+        raise PostgradError(
+            f"minibatches: {minibatches} optimiser steps cannot share the prompts of a "
+            f"batch_size of {batch_size}: at most one step a prompt"
+        )
+
+
+def prompt_minibatches(batch: Batch, epochs: int, minibatches: int, seed: int) -> Iterator[Batch]:
+    """The batch of each optimiser step: whole prompts (`group`), shuffled anew in every epoch.
+
+    With one step it is the batch as it is.
+    """
+    if epochs * minibatches == 1:
+        yield batch
+        return
+    groups = batch.group.unique()
+    for epoch in range(epochs):
+        random = generator(seed, "minibatches", int(batch.step[0]), epoch)
+        order = groups[torch.randperm(len(groups), generator=random)]
+        for part in order.tensor_split(min(minibatches, len(order))):
+            yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
 
 
 def pad(values: list[Tensor], length: int | None = None) -> Tensor:

@@ -89,8 +89,8 @@ class Frontier:
         """Means over fresh samples.
 
         `reward`, and each term of it if there are several; `kl`, the mean of log pi/pi_ref in nats
-        a response, and `kl_to_NAME` likewise, to other weights of the policy; `length` in tokens; and
-        `win_rate` against samples of the reference, with its 95 % interval.
+        a response, and `kl_to_NAME` likewise, to `others`, weights of the policy by name; `length`
+        in tokens; and `win_rate` against samples of the reference, with its 95 % interval.
         """
         drawn = self._drawn(policy, "policy")
         now = policy.score(drawn.prompts, drawn.responses).logprobs.sum(1)

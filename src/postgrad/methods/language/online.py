@@ -12,7 +12,7 @@ from postgrad.advantages.pairing import best_and_worst, win_rates
 from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
-from postgrad.methods.base import Method, Metrics, Place
+from postgrad.methods.base import Method, Metrics, NothingToLearn, Place
 from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import (
     Given,
@@ -20,7 +20,9 @@ from postgrad.methods.language.base import (
     RolloutSettings,
     draw_responses,
     find_materials,
+    prompt_minibatches,
     render_prompts,
+    require_minibatches,
 )
 from postgrad.methods.language.comparisons import (
     Compared,
@@ -33,7 +35,6 @@ from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.rewards import RewardSpec
 from postgrad.rewards.preferences import Preference, load_preference, preference_matrices
 from postgrad.sampling.generation import Rollouts
-from postgrad.seeding import generator
 from postgrad.tasks import Examples
 from postgrad.timing import timed
 
@@ -140,11 +141,7 @@ class OnlinePreference(Method):
     ):
         super().__init__(config, place)
         require_samples(config.rollout, self.least_samples)
-        if config.minibatches > config.batch_size:
-            raise PostgradError(
-                f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
-                f"batch_size of {config.batch_size}: at most one step a prompt"
-            )
+        require_minibatches(config.minibatches, config.batch_size)
         found = find_materials(config, place, "prompts", given)
         self.policy, self.data, self.order = found.policy, found.data, found.order
         self.preference = find_preference(config, found.data, preference, reward)
@@ -224,7 +221,7 @@ class OnlinePreference(Method):
             for places in self.choose(matrix)
         ]
         if not chosen:
-            raise PostgradError(
+            raise NothingToLearn(
                 f"no comparison is left: none of the {len(groups)} groups of "
                 f"{len(groups[0])} responses has one that this method learns from"
             )
@@ -253,15 +250,8 @@ class OnlinePreference(Method):
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Whole prompts' comparisons, shuffled anew in every epoch."""
-        if self.config.epochs * self.config.minibatches == 1:
-            yield batch
-            return
-        groups = batch.group.unique()
-        for epoch in range(self.config.epochs):
-            random = generator(self.place.seed, "minibatches", int(batch.step[0]), epoch)
-            order = groups[torch.randperm(len(groups), generator=random)]
-            for part in order.tensor_split(min(self.config.minibatches, len(order))):
-                yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
+        config = self.config
+        return prompt_minibatches(batch, config.epochs, config.minibatches, self.place.seed)
 
     def compared(self, batch: Batch) -> Compared:
         """The batch under the policy."""

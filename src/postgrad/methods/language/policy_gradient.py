@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import setting
-from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
 from postgrad.methods.language.base import (
     Given,
@@ -17,7 +16,13 @@ from postgrad.methods.language.base import (
     RolloutSettings,
     draw_responses,
     find_materials,
-    pad,
+    prompt_minibatches,
+    require_minibatches,
+)
+from postgrad.methods.language.rollouts import (
+    describe_rollouts,
+    rollout_batch,
+    rollout_rows,
 )
 from postgrad.objectives.policy_gradient import (
     aggregate,
@@ -27,10 +32,7 @@ from postgrad.objectives.policy_gradient import (
     kl_estimate,
 )
 from postgrad.sampling.generation import Rollouts
-from postgrad.seeding import generator
 from postgrad.timing import timed
-
-TERM = "reward/"
 
 
 class PolicyGradientSettings(LanguageSettings):
@@ -73,11 +75,7 @@ class ClippedPolicyGradient(Method):
     ):
         """The data come in `formats`, held-out data in `held_out_formats` where that differs."""
         super().__init__(config, place)
-        if config.minibatches > config.batch_size:
-            raise PostgradError(
-                f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
-                f"batch_size of {config.batch_size}: at most one step a prompt"
-            )
+        require_minibatches(config.minibatches, config.batch_size)
         found = find_materials(config, place, formats, given, held_out_formats=held_out_formats)
         self.materials = found
         self.policy, self.data, self.held_out = found.policy, found.data, found.held_out
@@ -117,23 +115,9 @@ class ClippedPolicyGradient(Method):
         terms: dict[str, Tensor],
     ) -> Batch:
         """Rollouts as a batch, with each one's group, advantage, reward and reward terms `[N]`."""
-        lengths = torch.tensor([len(response) for response in rollouts.responses])
-        mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
-        prompt_lengths = torch.tensor([len(prompt) for prompt in rollouts.prompts])
-        batch = Batch(
-            prompts=rollouts.prompts,
-            responses=rollouts.responses,
-            mask=mask,
-            cost=lengths,
-            shared_cost=prompt_lengths,
-            group=group,
-            advantages=advantages.float(),
-            reward=reward.float(),
-            sampled_logprobs=pad(rollouts.logprobs),
-            finished=rollouts.finished,
-            texts=rollouts.texts,
-            step=torch.full((len(lengths),), step),
-        ).with_fields(**{f"{TERM}{name}": term for name, term in terms.items()})
+        batch = rollout_batch(
+            rollouts, step, group=group, reward=reward, terms=terms, advantages=advantages.float()
+        )
         if self.config.epochs * self.config.minibatches > 1:
             with timed("scoring"), torch.no_grad():
                 batch = batch.with_fields(old_logprobs=self._score(batch).logprobs.cpu())
@@ -141,15 +125,8 @@ class ClippedPolicyGradient(Method):
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Whole prompts' rollouts, shuffled anew in every epoch."""
-        if self.config.epochs * self.config.minibatches == 1:
-            yield batch
-            return
-        groups = batch.group.unique()
-        for epoch in range(self.config.epochs):
-            random = generator(self.place.seed, "minibatches", int(batch.step[0]), epoch)
-            order = groups[torch.randperm(len(groups), generator=random)]
-            for part in order.tensor_split(min(self.config.minibatches, len(order))):
-                yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
+        config = self.config
+        return prompt_minibatches(batch, config.epochs, config.minibatches, self.place.seed)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config = self.config
@@ -189,37 +166,10 @@ class ClippedPolicyGradient(Method):
         )
 
     def describe_batch(self, batch: Batch) -> Metrics:
-        lengths = batch.mask.sum(1).float()
-        sampled = batch.sampled_logprobs[batch.mask]
-        terms = [name for name in batch.fields() if name.startswith(TERM)]
-        return {
-            "reward": float(batch.reward.mean()),
-            **{name: float(batch.fields()[name].mean()) for name in terms},
-            "response/length": float(lengths.mean()),
-            "response/truncated": float((~batch.finished).float().mean()),
-            # the mean surprise of what was sampled estimates the entropy without another pass
-            "response/entropy": float(-sampled.mean()),
-            "advantage/spread": float(batch.advantages.std(correction=0)),
-        }
+        return describe_rollouts(batch)
 
     def samples(self, batch: Batch) -> list[dict[str, Any]]:
-        terms = {n: values for n, values in batch.fields().items() if n.startswith(TERM)}
-        rows = []
-        for i in range(min(len(batch), 16)):
-            tokens = batch.responses[i]
-            advantage = float(batch.advantages[i])
-            rows.append(
-                {
-                    "prompt": self.policy.decode(batch.prompts[i]),
-                    "response": batch.texts[i],
-                    "reward": float(batch.reward[i]),
-                    **{name: float(values[i]) for name, values in terms.items()},
-                    "advantage": advantage,
-                    "tokens": [self.policy.decode(token[None]) for token in tokens],
-                    "advantages": [advantage] * len(tokens),
-                }
-            )
-        return rows
+        return rollout_rows(self.policy, batch)
 
     def fingerprints(self) -> dict[str, str]:
         return {"data": self.data.fingerprint}

@@ -43,9 +43,11 @@ class TaskReward:
                 f"reward: {data.name} brings no verifier of its own: name one, e.g. "
                 "reward=numeric, or your own reward=file.py:function"
             )
-        limit = config.reward_time_limit
-        known = isinstance(spec, RewardSet)
-        self.functions = spec if known else load_rewards(spec, time_limit=limit)
+        self.functions = (
+            spec
+            if isinstance(spec, RewardSet)
+            else load_rewards(spec, time_limit=config.reward_time_limit)
+        )
         self._first_row = data.rows[0]
 
     def probe(self) -> None:

@@ -1,6 +1,5 @@
-"""Sampled responses as a batch: made, shuffled into minibatches, described and shown."""
+"""Sampled responses as a batch: made, described and shown."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from postgrad.methods.base import Metrics
 from postgrad.methods.language.base import pad
 from postgrad.models.language import LanguagePolicy
 from postgrad.sampling.generation import Rollouts
-from postgrad.seeding import generator
 
 TERM = "reward/"
 
@@ -25,9 +23,10 @@ def rollout_batch(
     terms: dict[str, Tensor],
     **fields: Any,
 ) -> Batch:
-    """Rollouts as a batch, with each one's group, reward and reward terms `[N]`, and more fields."""
+    """Rollouts as a batch, with each one's group, reward, reward terms `[N]`, and more fields."""
     lengths = torch.tensor([len(response) for response in rollouts.responses])
     mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    named = {f"{TERM}{name}": term for name, term in terms.items()}
     return Batch(
         prompts=rollouts.prompts,
         responses=rollouts.responses,
@@ -40,22 +39,8 @@ def rollout_batch(
         finished=rollouts.finished,
         texts=rollouts.texts,
         step=torch.full((len(lengths),), step),
-        **fields,
-        **{f"{TERM}{name}": term for name, term in terms.items()},
+        **{**fields, **named},
     )
-
-
-def shuffled_groups(batch: Batch, epochs: int, minibatches: int, seed: int) -> Iterator[Batch]:
-    """Minibatches of whole prompts' items, shuffled anew in every epoch; one if that is all."""
-    if epochs * minibatches == 1:
-        yield batch
-        return
-    groups = batch.group.unique()
-    for epoch in range(epochs):
-        random = generator(seed, "minibatches", int(batch.step[0]), epoch)
-        order = groups[torch.randperm(len(groups), generator=random)]
-        for part in order.tensor_split(min(minibatches, len(order))):
-            yield batch.select(torch.isin(batch.group, part).nonzero().squeeze(1))
 
 
 def describe_rollouts(batch: Batch) -> Metrics:

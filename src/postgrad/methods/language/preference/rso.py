@@ -9,7 +9,7 @@ from postgrad.advantages.pairing import knockout, log_odds, neighbours, rejectio
 from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
-from postgrad.methods.base import Metrics, Place
+from postgrad.methods.base import Metrics, NothingToLearn, Place
 from postgrad.methods.language.base import RolloutSettings
 from postgrad.methods.language.comparisons import Compared, comparison_batch
 from postgrad.methods.language.online import OnlinePreference, OnlineSettings, Response
@@ -121,7 +121,7 @@ class RSO(OnlinePreference):
             places = torch.isin(self._pairs.group, index).nonzero().squeeze(1)
             if len(places):
                 return self._pairs.select(places).with_fields(step=torch.full_like(places, step))
-        raise PostgradError(
+        raise NothingToLearn(
             f"rollout: none of the {len(index)} prompts of step {step + 1} has 2 distinct "
             f"candidates among {self.config.rollout.samples}: there is nothing to compare"
         )

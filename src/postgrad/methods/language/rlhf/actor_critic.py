@@ -20,7 +20,9 @@ from postgrad.methods.language.base import (
     RolloutSettings,
     draw_responses,
     find_materials,
+    prompt_minibatches,
     render_prompts,
+    require_minibatches,
 )
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
@@ -28,7 +30,6 @@ from postgrad.methods.language.rollouts import (
     describe_rollouts,
     rollout_batch,
     rollout_rows,
-    shuffled_groups,
 )
 from postgrad.models.scalar import ScalarModel, load_scalar
 from postgrad.objectives.control import clipped_value_loss
@@ -94,7 +95,8 @@ class ActorCritic(Method):
         r_t = -beta log(pi_old(y_t|s_t) / pi_ref(y_t|s_t)) + [t last] R(x, y)
         A   = GAE(gamma, lambda) of r and V, standardised over the batch's tokens
         L   = mean max(-rho A, -clip(rho, 1 - eps, 1 + eps) A),   rho = pi(y_t) / pi_old(y_t)
-        L_V = mean max((V - G)^2, (V_old + clip(V - V_old, -eps_V, eps_V) - G)^2) / 2,   G = A + V_old
+        L_V = mean max((V - G)^2, (V_old + clip(V - V_old, -eps_V, eps_V) - G)^2) / 2,
+        G   = A + V_old
 
     G takes A before it is standardised. Two networks, two optimisers: nothing is shared, so there
     is no weight between the two losses but `critic_rate`. A subclass changes what a response is
@@ -126,11 +128,7 @@ class ActorCritic(Method):
         **given: Unpack[Given],
     ):
         super().__init__(config, place)
-        if config.minibatches > config.batch_size:
-            raise PostgradError(
-                f"minibatches: {config.minibatches} optimiser steps cannot share the prompts of a "
-                f"batch_size of {config.batch_size}: at most one step a prompt"
-            )
+        require_minibatches(config.minibatches, config.batch_size)
         found = find_materials(config, place, self.data_format, given, held_out_formats="prompts")
         self.policy, self.data, self.order = found.policy, found.data, found.order
         self.reward = self.find_reward(reward)
@@ -240,9 +238,8 @@ class ActorCritic(Method):
         return batch.with_fields(token_rewards=rewards, advantages=advantages, returns=returns)
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
-        yield from shuffled_groups(
-            batch, self.config.epochs, self.config.minibatches, self.place.seed
-        )
+        config = self.config
+        return prompt_minibatches(batch, config.epochs, config.minibatches, self.place.seed)
 
     def update(self, batch: Batch, optimise: Optimise) -> Metrics:
         every = []

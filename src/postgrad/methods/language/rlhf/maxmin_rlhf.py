@@ -115,7 +115,7 @@ class MaxMinRLHF(ActorCritic):
 
     def rates(self) -> dict[str, float]:
         learnt = self.mixture.models if self.mixture is not None else {}
-        return {**super().rates(), **{name: self.config.em.rate for name in learnt}}
+        return {**super().rates(), **dict.fromkeys(learnt, self.config.em.rate)}
 
     def collect(self, step: int) -> Batch:
         if self.mixture is not None and step < self.mixture.total:

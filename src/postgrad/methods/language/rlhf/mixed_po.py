@@ -60,10 +60,10 @@ class MixedPO(ActorCritic):
     DPO suffers from pairs that are nearly ties, whose labels are mostly noise; PPO explores slowly
     from a weak start. So a reward splits the pairs by its gap g = r(x, y_w) - r(x, y_l). DPO
     learns from the easy ones, then PPO on the prompts of the hard ones, starting at the DPO model
-    and held near it:
+    and held near it (first line, easy; second line, hard):
 
-        easy: |g| > gamma      L = -log sigma(beta [log pi(y_w)/pi_SFT(y_w) - log pi(y_l)/pi_SFT(y_l)])
-        hard: |g| <= gamma     max E_{y ~ pi} r(x, y) - beta_2 KL(pi || pi_DPO)
+        |g| > gamma:  L = -log sigma(beta [log pi(y_w)/pi_SFT(y_w) - log pi(y_l)/pi_SFT(y_l)])
+        |g| <= gamma: max E_{y ~ pi} r(x, y) - beta_2 KL(pi || pi_DPO)
 
     In tables, with a reward that also labelled the pairs, the optimum of the second stage is
     pi_SFT exp(r (1/beta + 1/beta_2)) / Z. A prompt of several hard pairs counts once.
