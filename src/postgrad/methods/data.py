@@ -99,7 +99,8 @@ def _flipped(examples: Examples, formats: tuple[str, ...], rate: float, seed: in
     """
     if not set(formats) & _READ_PAIRS:
         raise PostgradError(
-            f"data.flip_rate: only labels of pairs can be flipped, and this method reads {formats[0]}"
+            "data.flip_rate: only labels of pairs can be flipped, and this method reads "
+            f"{formats[0]}"
         )
     if examples.format != "preferences":
         if "preferences" not in examples.views:

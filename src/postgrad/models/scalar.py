@@ -13,7 +13,6 @@ from postgrad.models.network import base_of, pad_right
 from postgrad.models.scoring import final_states, plain_states, predicting_states, spread
 from postgrad.models.text_network import TextNetwork
 
-
 _SCALAR = "ForSequenceClassification"
 
 

@@ -28,8 +28,8 @@ from postgrad.rewards.running import attempt, attempt_within
 from postgrad.rewards.verifiers import VERIFIERS
 
 RewardFunction = Callable[..., Any]
-# A name, `module:function`, `file.py:function` or a reward model's folder, each also with `*weight`;
-# or a mapping with `name`, perhaps `weight`, and settings of that function.
+# A name, `module:function`, `file.py:function` or the folder of a reward model, each also with
+# `*weight`; or a mapping with `name`, perhaps `weight`, and settings of that function.
 RewardSpec = str | dict[str, Any]
 
 _WEIGHTED = re.compile(r"(.+?)\s*\*\s*([-+\w.]+)")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from postgrad.errors import unknown
+from postgrad.errors import PostgradError, unknown
 from postgrad.evaluation.statistics import separation
 from postgrad.methods.base import Metrics
 from postgrad.objectives.reward_modeling import weakest
@@ -24,6 +24,24 @@ def parse_remedies(text: str) -> tuple[str, ...]:
     if len(set(names)) < len(names) or {"flip", "drop"} <= set(names):
         raise ValueError(f"strength: each once, and either flip or drop, got {text}")
     return names
+
+
+def known_strength(data: Examples) -> Tensor | None:
+    """The column `strength` `[M]` of the data, if there is one."""
+    if "strength" not in data.columns:
+        return None
+    values = torch.empty(len(data))
+    for number, row in enumerate(data.rows):
+        try:
+            values[number] = float(row["strength"])
+        except (TypeError, ValueError):
+            values[number] = torch.nan
+        if not values[number].isfinite():
+            raise PostgradError(
+                f"{data.where(number)}: column 'strength' holds {row['strength']!r}, expected a "
+                "finite number"
+            )
+    return values
 
 
 @dataclass(frozen=True)

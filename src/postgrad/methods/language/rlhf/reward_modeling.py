@@ -12,30 +12,36 @@ from postgrad.batch import Batch
 from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Optimise, Place
-from postgrad.methods.data import DataSettings, find_data
-from postgrad.methods.language.base import GivenData, find_examples, named_policy
-from postgrad.methods.language.comparisons import SCORING_TOKENS, accuracy
-from postgrad.methods.language.preference.base import Comparisons, ComparisonSettings
+from postgrad.methods.data import DataSettings
+from postgrad.methods.language.base import GivenData, find_examples
+from postgrad.methods.language.comparisons import accuracy
+from postgrad.methods.language.preference.base import Comparisons
 from postgrad.methods.language.rlhf.preference_strength import (
     Treatment,
+    known_strength,
     parse_remedies,
     strength_metrics,
     treated,
     untreated,
 )
-from postgrad.methods.language.rlhf.shifted_responses import (
-    MetaSettings,
-    ShiftedResponses,
-    displaced,
+from postgrad.methods.language.rlhf.reward_models import (
+    known_rewards,
+    pair_features,
+    reward_metrics,
+    scalar_model,
 )
-from postgrad.models.language import LanguagePolicy, load_policy
-from postgrad.models.scalar import ScalarModel, is_reward_model, load_scalar
+from postgrad.methods.language.rlhf.shifted_responses import (
+    ShiftedSettings,
+    displaced,
+    find_shifted_responses,
+)
+from postgrad.models.language import LanguagePolicy
+from postgrad.models.scalar import ScalarModel
 from postgrad.objectives.contrastive import info_nce
 from postgrad.objectives.reward_modeling import bradley_terry, preference_strength, swav
 from postgrad.sampling.epochs import Epochs
 from postgrad.seeding import derive, generator
 from postgrad.tasks import Examples
-from postgrad.timing import timed
 
 STRENGTH_FILE = "preference_strength.jsonl"
 
@@ -55,7 +61,7 @@ class ContrastSettings(Settings):
     prototypes: int = setting(32, "K, of SwAV; the paper's is not known", ge=2)
 
 
-class RewardModelingSettings(ComparisonSettings):
+class RewardModelingSettings(ShiftedSettings):
     """Settings of reward modelling."""
 
     model: str = setting(
@@ -86,13 +92,6 @@ class RewardModelingSettings(ComparisonSettings):
         0.0, "constant probability p that a label counts as wrong", ge=0, lt=0.5
     )
     contrast: ContrastSettings = setting(ContrastSettings(), "contrastive term")
-    meta_policy: str | None = setting(
-        None, "MetaRM: the policy as it is now, whose responses the reward is to tell apart"
-    )
-    meta_data: DataSettings | None = setting(
-        None, "MetaRM: its prompts (if empty, those of the pairs), or lists of its responses"
-    )
-    meta: MetaSettings = setting(MetaSettings(), "MetaRM's step")
 
     @field_validator("strength")
     @classmethod
@@ -154,18 +153,18 @@ class RewardModeling(Method):
 
     def __init__(self, config: RewardModelingSettings, place: Place, **given: Unpack[Given]):
         super().__init__(config, place)
-        data, held_out, self.order = find_examples(config, place, "preferences", given)
-        if config.contrast.kind != "none" and self.order.size < 2:
+        data, held_out, order = find_examples(config, place, "preferences", given)
+        if config.contrast.kind != "none" and order.size < 2:
             raise PostgradError("contrast.kind: a contrast needs a batch_size of at least 2, got 1")
         self.remedies = parse_remedies(config.strength)
-        known = _known_strength(data) if self.remedies else None
+        known = known_strength(data) if self.remedies else None
         self.members = config.ensemble if self.remedies and known is None else 0
         if place.steps <= self.members:
             raise PostgradError(
                 f"steps: the first {self.members} train the ensemble of strength="
                 f"{config.strength}: expected more than that, got {place.steps}"
             )
-        self.model = _scalar_model(config, place, given.get("model"))
+        self.model = scalar_model(config, place, given.get("model"))
         self.model.prompts_as_turns = data.chat and self.model.has_chat_template
         self.data = Comparisons(self.model, data, config)
         self.held_out = Comparisons(self.model, held_out, config) if held_out else None
@@ -174,10 +173,12 @@ class RewardModeling(Method):
         self._treatment: Treatment | None = None
         self.prototypes: nn.Linear | None = None
         if config.contrast.kind == "swav":
-            width = int(self.model.head.in_features)
+            width: Any = self.model.head.in_features
             self.prototypes = nn.Linear(width, config.contrast.prototypes, bias=False)
             self.prototypes.to(self.model.device)
-        self.shifted = _shifted_responses(self.model, data, config, place, given)
+        self.shifted = find_shifted_responses(
+            self.model, data, config, place, given.get("meta_policy"), given.get("meta_data")
+        )
 
     def modules(self) -> dict[str, nn.Module]:
         if self.prototypes is None:
@@ -350,93 +351,6 @@ class RewardModeling(Method):
                 for row, mu, sigma in found
             ]
             (folder / STRENGTH_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _scalar_model(
-    config: RewardModelingSettings, place: Place, given: LanguagePolicy | ScalarModel | None
-) -> ScalarModel:
-    """The reward model given or named by `config`, or one on the body of a language model."""
-    if config.tune != "full":
-        raise PostgradError(f"tune: a reward model is trained in full, got {config.tune!r}")
-    if isinstance(given, ScalarModel):
-        return given
-    if given is not None:
-        return ScalarModel.on_body_of(given)
-    remote = config.trust_remote_code
-    if is_reward_model(config.model, trust_remote_code=remote):
-        return load_scalar(config.model, device=place.device, trust_remote_code=remote)
-    return ScalarModel.on_body_of(named_policy(config, place))
-
-
-def _shifted_responses(
-    model: ScalarModel,
-    pairs: Examples,
-    config: RewardModelingSettings,
-    place: Place,
-    given: Given,
-) -> ShiftedResponses | None:
-    """What MetaRM looks at, if the settings or the caller name it."""
-    policy, rows = given.get("meta_policy"), given.get("meta_data")
-    if policy is None and config.meta_policy is not None:
-        policy = load_policy(
-            config.meta_policy,
-            device=place.device,
-            trust_remote_code=config.trust_remote_code,
-            seed=place.seed,
-        )
-    if rows is None and config.meta_data is None:
-        if policy is None:
-            return None
-        examples = pairs
-    else:
-        formats = "rankings" if policy is None else "prompts"
-        named = config.meta_data or DataSettings(name="meta_data")
-        examples = find_data(named, place, formats, rows)
-    return ShiftedResponses(model, examples, policy, config, config.meta, place)
-
-
-def _known_strength(data: Examples) -> Tensor | None:
-    """The column `strength` `[M]` of the data, if there is one."""
-    if "strength" not in data.columns:
-        return None
-    values = torch.empty(len(data))
-    for number, row in enumerate(data.rows):
-        try:
-            values[number] = float(row["strength"])
-        except (TypeError, ValueError):
-            values[number] = torch.nan
-        if not values[number].isfinite():
-            raise PostgradError(
-                f"{data.where(number)}: column 'strength' holds {row['strength']!r}, expected a "
-                "finite number"
-            )
-    return values
-
-
-def pair_features(model: ScalarModel, batch: Batch) -> Tensor:
-    """What the reward is read from, `[B, 2, d]`, of a batch of pairs."""
-    prompts = [prompt for prompt in batch.prompts for _ in range(2)]
-    features = model.features(prompts, [r for pair in batch.responses for r in pair])
-    return features.view(len(batch), 2, -1)
-
-
-@torch.no_grad()
-def known_rewards(model: ScalarModel, batch: Batch) -> Tensor:
-    """Rewards `[B, 2]` of a batch of pairs without gradients, on the CPU."""
-    with timed("scoring"):
-        parts = batch.split(SCORING_TOKENS)
-        return torch.cat([model.read(pair_features(model, part)).cpu() for part in parts])
-
-
-def reward_metrics(rewards: Tensor, batch: Batch) -> Metrics:
-    """What is followed in training, as the data label the pairs."""
-    rewards = rewards.detach().cpu()
-    return {
-        "rewards/chosen": float(rewards[:, 0].mean()),
-        "rewards/rejected": float(rewards[:, 1].mean()),
-        "rewards/margin": float((rewards[:, 0] - rewards[:, 1]).mean()),
-        "rewards/accuracy": accuracy(rewards, batch.scores, batch.present),
-    }
 
 
 def _dropped(features: Tensor, share: float, random: torch.Generator) -> Tensor:

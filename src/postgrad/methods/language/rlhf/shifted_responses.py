@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import Settings, setting
-from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
+from postgrad.methods.data import DataSettings, find_data
 from postgrad.methods.language.base import RolloutSettings, draw_responses, render_prompts
 from postgrad.methods.language.preference.base import Comparisons, ComparisonSettings
-from postgrad.models.language import LanguagePolicy
+from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.models.scalar import ScalarModel
 from postgrad.objectives.reward_modeling import spread_of_rewards
 from postgrad.sampling.epochs import Epochs
@@ -34,6 +34,18 @@ class MetaSettings(Settings):
     max_new_tokens: int = setting(64, "completion budget of meta_policy in tokens", gt=0)
 
 
+class ShiftedSettings(ComparisonSettings):
+    """Settings of what MetaRM looks at."""
+
+    meta_policy: str | None = setting(
+        None, "MetaRM: the policy as it is now, whose responses the reward is to tell apart"
+    )
+    meta_data: DataSettings | None = setting(
+        None, "MetaRM: its prompts (if empty, those of the pairs), or lists of its responses"
+    )
+    meta: MetaSettings = setting(MetaSettings(), "MetaRM's step")
+
+
 class ShiftedResponses:
     """Batches of prompts with several responses each: lists that are given, or fresh samples.
 
@@ -46,22 +58,16 @@ class ShiftedResponses:
         model: ScalarModel,
         examples: Examples,
         policy: LanguagePolicy | None,
-        config: ComparisonSettings,
-        settings: MetaSettings,
+        config: ShiftedSettings,
         place: Place,
     ):
         self._model, self._examples, self._policy = model, examples, policy
-        self._config, self._settings, self._place = config, settings, place
-        self._order = Epochs(len(examples), settings.prompts, place.seed)
+        self._config, self._place = config, place
+        self._order = Epochs(len(examples), config.meta.prompts, place.seed)
         if policy is not None:
             policy.requires_grad_(False)
-            room = settings.max_new_tokens
+            room = config.meta.max_new_tokens
             self._prompts = render_prompts(policy, examples, config, reserve=room)
-        elif examples.format != "rankings":
-            raise PostgradError(
-                f"meta_data: {examples.name} has no lists of responses: expected the columns prompt "
-                "and responses, or a meta_policy that samples them"
-            )
         else:
             self._lists = Comparisons(model, examples, config)
 
@@ -71,8 +77,9 @@ class ShiftedResponses:
         if self._policy is None:
             return self._lists.batch(index)
         rows = index.tolist()
-        samples = self._settings.samples
-        rollout = RolloutSettings(samples=samples, max_new_tokens=self._settings.max_new_tokens)
+        settings = self._config.meta
+        samples = settings.samples
+        rollout = RolloutSettings(samples=samples, max_new_tokens=settings.max_new_tokens)
         drawn = draw_responses(
             self._policy, [self._prompts[i] for i in rows], rollout, self._place.seed, "meta", step
         )
@@ -115,6 +122,33 @@ class ShiftedResponses:
         return spread_of_rewards(rewards, present)
 
 
+def find_shifted_responses(
+    model: ScalarModel,
+    pairs: Examples,
+    config: ShiftedSettings,
+    place: Place,
+    policy: LanguagePolicy | None = None,
+    rows: Examples | list[dict[str, Any]] | None = None,
+) -> ShiftedResponses | None:
+    """What the settings name, or the caller gives; None if it is nothing."""
+    if policy is None and config.meta_policy is not None:
+        policy = load_policy(
+            config.meta_policy,
+            device=place.device,
+            trust_remote_code=config.trust_remote_code,
+            seed=place.seed,
+        )
+    if rows is None and config.meta_data is None:
+        if policy is None:
+            return None
+        examples = pairs
+    else:
+        formats = "rankings" if policy is None else "prompts"
+        named = config.meta_data or DataSettings(name="meta_data")
+        examples = find_data(named, place, formats, rows)
+    return ShiftedResponses(model, examples, policy, config, place)
+
+
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -130,10 +164,10 @@ def displaced(module: nn.Module, direction: list[Tensor], rate: float) -> Iterat
     with torch.no_grad():
         for parameter, towards in zip(parameters, direction, strict=True):
             parameter.add_(towards, alpha=rate)
-    there = [parameter.detach().clone() for parameter in parameters]
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, theta, shifted in zip(parameters, own, there, strict=True):
-                parameter.copy_(theta + (parameter - shifted))
+            for parameter, theta, towards in zip(parameters, own, direction, strict=True):
+                moved = parameter - theta.add(towards, alpha=rate)
+                parameter.copy_(theta + moved)
