@@ -84,7 +84,9 @@ def test_only_gaps_count_and_their_scale_is_gammas():
     random = torch.Generator().manual_seed(0)
     chosen, rejected, level = torch.randn(3, 50, generator=random, dtype=torch.float64)
     split = gap_split(chosen, rejected, 0.7)
-    assert sorted(torch.cat([split.easy, split.hard, split.dropped]).tolist()) == list(range(50))  # each pair in one place
+    assert sorted(torch.cat([split.easy, split.hard, split.dropped]).tolist()) == list(
+        range(50)
+    )  # each pair in one place
     assert lists(gap_split(chosen + level, rejected + level, 0.7)) == lists(split)
     assert lists(gap_split(4 * chosen, 4 * rejected, 2.8)) == lists(split)
 

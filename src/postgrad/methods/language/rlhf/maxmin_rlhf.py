@@ -19,8 +19,8 @@ from postgrad.methods.language.rewarded import TaskReward
 from postgrad.methods.language.rlhf.actor_critic import ActorCritic, ActorCriticSettings
 from postgrad.methods.language.rlhf.mixture import MixtureSettings, RewardMixture
 from postgrad.methods.language.rollouts import TERM
-from postgrad.sampling.generation import Rollouts
 from postgrad.rewards.functions import Term
+from postgrad.sampling.generation import Rollouts
 from postgrad.seeding import generator
 
 
