@@ -29,6 +29,7 @@ from postgrad.seeding import generator
 ACTIONS, FEATURES, WORLDS = 20, 5, 20
 USERS, PAIRS = 44, 20  # users of a bandit, pairs of a user
 OPPOSED = -0.6  # correlation of the two groups' utilities
+SHARPNESS = 2.0  # of the labels: P(a over b) = sigma(SHARPNESS (u(a) - u(b)))
 TEMPERATURE = 0.1  # of the policies on the bandit
 SHARES = (2, 4, 11, 22)  # users in the minority
 METRIC = "worst-off group's utility on bandits"
@@ -99,7 +100,7 @@ class Bandit:
         own = utilities[groups[users]]
         gaps = (own.gather(1, one[:, None]) - own.gather(1, two[:, None])).squeeze(1)
         chance = torch.rand(gaps.shape, generator=random, dtype=torch.float64)
-        signs = torch.where(chance < gaps.sigmoid(), 1.0, -1.0)
+        signs = torch.where(chance < (SHARPNESS * gaps).sigmoid(), 1.0, -1.0)
         differences = signs[:, None] * (features[one] - features[two])
         return cls(features, utilities, differences, users, groups)
 
