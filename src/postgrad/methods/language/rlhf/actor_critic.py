@@ -1,7 +1,7 @@
 """PPO with a value head on language: what the methods of reinforcement learning from human feedback
 are built on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Unpack
 
@@ -31,7 +31,9 @@ from postgrad.methods.language.rollouts import (
     rollout_batch,
     rollout_rows,
 )
+from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.models.scalar import ScalarModel, load_scalar
+from postgrad.models.text_network import TextNetwork
 from postgrad.objectives.control import clipped_value_loss
 from postgrad.objectives.policy_gradient import (
     aggregate,
@@ -152,12 +154,39 @@ class ActorCritic(Method):
         critic = load_scalar(
             name, device=self.place.device, trust_remote_code=self.config.trust_remote_code
         )
-        if critic.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
+        self._require_readable("critic", name, critic)
+        return critic
+
+    def other_policy(
+        self, key: str, name: str | None, given: LanguagePolicy | None = None
+    ) -> LanguagePolicy:
+        """Another model of the policy's tokens: what the setting `key` names, or was `given`."""
+        if given is None and not name:
+            raise PostgradError(f"{key}: expected a folder or the Hub id of a model, got nothing")
+        if given is None:
+            try:
+                given = load_policy(
+                    str(name),
+                    device=self.place.device,
+                    trust_remote_code=self.config.trust_remote_code,
+                )
+            except PostgradError as problem:
+                raise PostgradError(f"{key}: {problem}") from problem
+        self._require_readable(key, str(name), given)
+        return given
+
+    def _require_readable(self, key: str, name: str, other: TextNetwork) -> None:
+        if other.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise PostgradError(
-                f"critic: {name} has another vocabulary than the model {self.config.model}: it "
+                f"{key}: {name} has another vocabulary than the model {self.config.model}: it "
                 "cannot read the policy's tokens"
             )
-        return critic
+        longest = max(map(len, self.prompts)) + self.config.rollout.max_new_tokens
+        if other.context_length < longest:
+            raise PostgradError(
+                f"{key}: {name} has a context of {other.context_length} tokens, but prompts and "
+                f"responses may have {longest}: shorten them or name another"
+            )
 
     def judge(
         self, rows: list[dict[str, Any]], rollouts: Rollouts
@@ -206,22 +235,16 @@ class ActorCritic(Method):
         batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms)
         return self.with_advantages(self.with_known(batch))
 
-    @torch.no_grad()
     def with_known(self, batch: Batch) -> Batch:
         """The batch with what stays fixed while it is learnt from: log-probabilities and values."""
-        parts = []
         with timed("scoring"):
-            for part in batch.split(SCORING_TOKENS):
-                with self.policy.reference():
-                    reference = self._score(part)
-                values = self.critic.values(part.prompts, part.responses)
-                parts.append((self._score(part), reference, values))
-        length = batch.mask.shape[1]
-        old, reference, values = (
-            torch.cat([nn.functional.pad(x.cpu(), (0, length - x.shape[1])) for x in several])
-            for several in zip(*parts, strict=True)
-        )
-        return batch.with_fields(old_logprobs=old, reference_logprobs=reference, old_values=values)
+            with self.policy.reference():
+                reference = over_tokens(batch, self._score)
+            return batch.with_fields(
+                old_logprobs=over_tokens(batch, self._score),
+                reference_logprobs=reference,
+                old_values=over_tokens(batch, self._values),
+            )
 
     def with_advantages(self, batch: Batch) -> Batch:
         """The batch with token rewards, advantages and returns, all `[N, T]`."""
@@ -267,7 +290,7 @@ class ActorCritic(Method):
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The critic's: half the squared error to the returns, clipped on the safe side."""
-        values = self.critic.values(batch.prompts, batch.responses)
+        values = self._values(batch)
         length, clip = values.shape[1], self.config.value_clip
         mask = batch.mask[:, :length].to(values.device)
         returns = batch.returns[:, :length].to(values)
@@ -283,10 +306,16 @@ class ActorCritic(Method):
             per_token, mask, self.config.aggregation, items=batch.items, tokens=batch.tokens
         )
 
-    def _score(self, batch: Batch) -> Tensor:
-        return self.policy.score(
-            batch.prompts, batch.responses, temperature=self.config.rollout.temperature
-        ).logprobs
+    def _score(self, batch: Batch, policy: LanguagePolicy | None = None) -> Tensor:
+        """log pi(y_t|s_t) `[N, T]` at the temperature of the rollouts, of the policy or another."""
+        return (
+            (policy or self.policy)
+            .score(batch.prompts, batch.responses, temperature=self.config.rollout.temperature)
+            .logprobs
+        )
+
+    def _values(self, batch: Batch) -> Tensor:
+        return self.critic.values(batch.prompts, batch.responses)
 
     def describe_batch(self, batch: Batch) -> Metrics:
         mask = batch.mask
@@ -322,6 +351,17 @@ class ActorCritic(Method):
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder)
+
+
+@torch.no_grad()
+def over_tokens(batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+    """What `compute` gives of the responses in parts of a batch, each `[n, T]`, for all of them.
+
+    Without gradients, on the CPU, and 0 at padding.
+    """
+    parts = [compute(part).cpu() for part in batch.split(SCORING_TOKENS)]
+    length = batch.mask.shape[1]
+    return torch.cat([nn.functional.pad(part, (0, length - part.shape[1])) for part in parts])
 
 
 def at_last_token(worth: Tensor, mask: Tensor) -> Tensor:
