@@ -1,7 +1,7 @@
 """Mixed preference optimisation's claim: PPO from a DPO model of easy pairs beats PPO alone."""
 
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,28 +9,27 @@ from torch import Tensor
 
 from postgrad.advantages.selection import GapSplit, gap_split
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.stepping import train_in_steps
 from postgrad.claims.symbols import (
+    LENGTH,
     LETTERS,
     TOKENS,
     Measured,
     followed,
     hidden_score,
+    measure,
     outcome,
     preferences,
     prompts,
     reference_policy,
+    score_by,
     worth,
 )
-from postgrad.models.cache import cached_folder
-from postgrad.models.language import LanguagePolicy
-from postgrad.rewards.learned import learned_reward
 
 PAIRS, LABEL_TEMPERATURE = 1500, 1.5  # half for the reward model, half for the policy
-DPO_STEPS, PPO_STEPS = 40, 40
-REWARD_STEPS, REWARD_RATE = 150, 1e-3
-DPO_RATE, PPO_RATE = 1e-4, 1e-3
-METRIC = "score at the end"
+DPO_STEPS, PPO_STEPS, EVERY = 40, 10, 2
+RATE = 2e-3
+FEW = 4  # steps of PPO at which arms are compared, of 64 rollouts each
+METRIC = "score after at most 256 rollouts"
 Rows = list[dict[str, str]]
 
 # the stages of each arm: a method, and the pairs that it learns from
@@ -45,39 +44,42 @@ ARMS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    dpo_steps, ppo_steps = (2, 2) if quick else (DPO_STEPS, PPO_STEPS)
+    dpo_steps, ppo_steps = (2, 4) if quick else (DPO_STEPS, PPO_STEPS)
     hidden = hidden_score(seed)
-    policy = reference_policy(seed)
-    rows = preferences(policy, hidden, 200 if quick else PAIRS, seed, LABEL_TEMPERATURE)
-    half = len(rows) // 2
-    folder = str(reward_model(policy, rows[half:], seed, 5 if quick else REWARD_STEPS))
-    reward = learned_reward(folder, device="cpu")
-    split = split_by(reward, rows[:half])
-    points: list[tuple[int, Measured]] = []
+    policy = reference_policy(seed, *([5] if quick else []))
+    every = preferences(policy, hidden, 200 if quick else PAIRS, seed, LABEL_TEMPERATURE)
+    rows, others = every[::2], every[1::2]
+    reward = score_by(reward_table(others), 1.0)
+    named = parts(rows, split_by(reward, rows))
+    taken, points = 0, [(0, measure(policy, policy, hidden, seed, 0))]
+    values = {}
     for slug, which in ARMS[arm]:
-        begin = points[-1][0] if points else 0
-        data = parts(rows[:half], split)[which]
-        settings = SETTINGS[slug]
         steps = {"dpo": dpo_steps, "ppo-language": ppo_steps}.get(slug, dpo_steps + ppo_steps)
-        if slug == "mixed-po":
-            settings = {**settings, "dpo_steps": dpo_steps}
-        objects: dict[str, Any] = {"data": data}
-        if slug != "dpo":
-            objects["reward"] = reward
-        if slug == "ppo-language":
-            objects["data"] = prompts()
-        found = followed(slug, policy, objects, hidden, seed, steps=steps, **settings)
-        points += [(begin + step, measured) for step, measured in found if step or not begin]
-    labels = label_accuracy(hidden, rows[:half], split)
-    return outcome(points, **labels)
+        found = followed(
+            slug,
+            policy,
+            {"data": prompts() if slug == "ppo-language" else named[which]}
+            | ({} if slug == "dpo" else {"reward": reward}),
+            hidden,
+            seed,
+            steps=steps,
+            every=EVERY,
+            **SETTINGS[slug] | ({"dpo_steps": dpo_steps} if slug == "mixed-po" else {}),
+        )
+        points += [(taken + step, measured) for step, measured in found if step]
+        taken += steps
+    before = taken - ppo_steps if ARMS[arm][-1][0] != "dpo" else taken
+    few = min(before + FEW, taken)
+    values[METRIC] = next(measured.score for step, measured in points if step == few)
+    return outcome(points, **values, **label_accuracy(hidden, named))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dpo": {"batch_size": 32, "max_response_tokens": TOKENS, "learning_rate": DPO_RATE},
+    "dpo": {"batch_size": 32, "max_response_tokens": TOKENS, "learning_rate": RATE},
     "ppo-language": {
         "batch_size": len(LETTERS),
         "rollout": {"samples": 8, "max_new_tokens": TOKENS},
-        "learning_rate": PPO_RATE,
+        "learning_rate": RATE,
         "critic_rate": 1.0,
         "kl_coefficient": 0.05,
     },
@@ -85,35 +87,36 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SETTINGS["mixed-po"] = {**SETTINGS["ppo-language"], "dpo_batch_size": 32}
 
 
-def reward_model(policy: LanguagePolicy, rows: Rows, seed: int, steps: int) -> Path:
-    """The folder of a reward model that has learnt from pairs; a cached function of these."""
-    key = {
-        "seed": seed,
-        "recipe": [len(rows), LABEL_TEMPERATURE, steps, REWARD_RATE],
-        "versions": [version("postgrad"), version("torch")],
-    }
+def reward_table(rows: Rows) -> Tensor:
+    """The scores of neighbours `[8, 8]` that make pairs likeliest: a reward model, linear in counts.
 
-    def make(folder: Path) -> None:
-        from postgrad.models.scalar import ScalarModel
-
-        model = ScalarModel.on_body_of(policy)
-        training = train_in_steps(
-            "reward-modeling",
-            seed,
-            {"model": model, "data": rows},
-            steps=steps,
-            batch_size=min(32, len(rows)),
-            learning_rate=REWARD_RATE,
-            max_response_tokens=TOKENS,
-        )
-        for _ in training:
-            pass
-        model.save(folder)
-
-    return cached_folder("symbols-reward", key, make)
+    Bradley-Terry with a normal prior of deviation 1/2, by Newton's method.
+    """
+    differences = torch.stack(
+        [
+            neighbours(row["prompt"], row["chosen"]) - neighbours(row["prompt"], row["rejected"])
+            for row in rows
+        ]
+    )
+    prior = 4 * torch.eye(differences.shape[1], dtype=torch.float64)
+    table = torch.zeros(differences.shape[1], dtype=torch.float64)
+    for _ in range(10):
+        wrong = torch.sigmoid(-(differences @ table))
+        curvature = (differences * (wrong * (1 - wrong))[:, None]).T @ differences + prior
+        table = table + torch.linalg.solve(curvature, differences.T @ wrong - prior @ table)
+    return table.view(len(LETTERS), len(LETTERS))
 
 
-def split_by(reward: Any, rows: Rows) -> GapSplit:
+def neighbours(prompt: str, text: str) -> Tensor:
+    """How often each letter follows each, `[64]`, in prompt and text."""
+    counts = torch.zeros(len(LETTERS), len(LETTERS), dtype=torch.float64)
+    for a, b in pairwise(LETTERS.find(letter) for letter in prompt + text[:LENGTH]):
+        if a >= 0 and b >= 0:
+            counts[a, b] += 1
+    return counts.flatten()
+
+
+def split_by(reward: Callable[..., list[float]], rows: Rows) -> GapSplit:
     """The pairs as the method splits them: at the median gap."""
     letters = [row["prompt"] for row in rows]
     chosen, rejected = (
@@ -132,16 +135,16 @@ def parts(rows: Rows, split: GapSplit) -> dict[str, Rows]:
     return {"all": rows, "easy": of(split.easy), "hard": of(split.hard)}
 
 
-def label_accuracy(hidden: Tensor, rows: Rows, split: GapSplit) -> dict[str, float]:
-    """The share of labels that agree with the true score, of every part."""
+def label_accuracy(hidden: Tensor, named: dict[str, Rows]) -> dict[str, float]:
+    """The share of labels that agree with the true score, of every part of the pairs."""
     values = {}
-    for name, part in parts(rows, split).items():
-        right = [
+    for name, rows in named.items():
+        gaps = [
             worth(hidden, row["prompt"], row["chosen"])
-            > worth(hidden, row["prompt"], row["rejected"])
-            for row in part
+            - worth(hidden, row["prompt"], row["rejected"])
+            for row in rows
         ]
-        values[f"right labels, {name} pairs"] = sum(right) / len(right)
+        values[f"right labels, {name} pairs"] = sum(gap > 0 for gap in gaps) / len(gaps)
     return values
 
 
