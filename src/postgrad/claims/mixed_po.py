@@ -13,7 +13,6 @@ from postgrad.claims.symbols import (
     LENGTH,
     LETTERS,
     TOKENS,
-    Measured,
     followed,
     hidden_score,
     measure,
@@ -27,59 +26,56 @@ from postgrad.claims.symbols import (
 
 PAIRS, LABEL_TEMPERATURE = 1500, 1.5  # half for the reward model, half for the policy
 DPO_STEPS, PPO_STEPS, EVERY = 40, 10, 2
-RATE = 2e-3
 FEW = 4  # steps of PPO at which arms are compared, of 64 rollouts each
 METRIC = "score after at most 256 rollouts"
 Rows = list[dict[str, str]]
 
-# the stages of each arm: a method, and the pairs that it learns from
-ARMS: dict[str, tuple[tuple[str, str], ...]] = {
-    "MPO": (("mixed-po", "all"),),
-    "PPO": (("ppo-language", "all"),),
-    "DPO": (("dpo", "all"),),
-    "DPO on easy pairs": (("dpo", "easy"),),
-    "DPO on hard pairs": (("dpo", "hard"),),
-    "PPO after DPO on all pairs": (("dpo", "all"), ("ppo-language", "all")),
+# the stages of each arm, a method and the pairs that it learns from, and the learning rate
+ARMS: dict[str, tuple[tuple[tuple[str, str], ...], float]] = {
+    "MPO": ((("mixed-po", "all"),), 2e-3),
+    "PPO": ((("ppo-language", "all"),), 2e-3),
+    "PPO after DPO on all pairs": ((("dpo", "all"), ("ppo-language", "all")), 2e-3),
+    "DPO": ((("dpo", "all"),), 2e-3),
+    "DPO on easy pairs": ((("dpo", "easy"),), 1e-3),
+    "DPO on hard pairs": ((("dpo", "hard"),), 1e-3),
 }
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     dpo_steps, ppo_steps = (2, 4) if quick else (DPO_STEPS, PPO_STEPS)
     hidden = hidden_score(seed)
-    policy = reference_policy(seed, *([5] if quick else []))
+    policy, reference = (reference_policy(seed, *([5] if quick else [])) for _ in range(2))
     every = preferences(policy, hidden, 200 if quick else PAIRS, seed, LABEL_TEMPERATURE)
     rows, others = every[::2], every[1::2]
     reward = score_by(reward_table(others), 1.0)
     named = parts(rows, split_by(reward, rows))
-    taken, points = 0, [(0, measure(policy, policy, hidden, seed, 0))]
-    values = {}
-    for slug, which in ARMS[arm]:
-        steps = {"dpo": dpo_steps, "ppo-language": ppo_steps}.get(slug, dpo_steps + ppo_steps)
-        found = followed(
-            slug,
-            policy,
-            {"data": prompts() if slug == "ppo-language" else named[which]}
-            | ({} if slug == "dpo" else {"reward": reward}),
-            hidden,
-            seed,
-            steps=steps,
-            every=EVERY,
-            **SETTINGS[slug] | ({"dpo_steps": dpo_steps} if slug == "mixed-po" else {}),
-        )
+    stages, rate = ARMS[arm]
+    taken, points = 0, [(0, measure(policy, reference, hidden, seed, 0))]
+    for slug, which in stages:
+        settings = {**SETTINGS[slug], "learning_rate": rate}
+        objects: dict[str, Any] = {"data": named[which], "reward": reward}
+        steps = ppo_steps
+        if slug == "mixed-po":
+            settings["dpo_steps"] = dpo_steps
+            steps += dpo_steps
+        elif slug == "dpo":
+            del objects["reward"]
+            steps = dpo_steps
+        else:
+            objects["data"] = prompts()
+        found = followed(slug, policy, objects, hidden, seed, steps=steps, every=EVERY, **settings)
         points += [(taken + step, measured) for step, measured in found if step]
         taken += steps
-    before = taken - ppo_steps if ARMS[arm][-1][0] != "dpo" else taken
-    few = min(before + FEW, taken)
-    values[METRIC] = next(measured.score for step, measured in points if step == few)
-    return outcome(points, **values, **label_accuracy(hidden, named))
+    few = taken if stages[-1][0] == "dpo" else taken - ppo_steps + FEW
+    value = next(measured.score for step, measured in points if step == few)
+    return outcome(points, **{METRIC: value}, **label_accuracy(hidden, named))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dpo": {"batch_size": 32, "max_response_tokens": TOKENS, "learning_rate": RATE},
+    "dpo": {"batch_size": 32, "max_response_tokens": TOKENS},
     "ppo-language": {
         "batch_size": len(LETTERS),
         "rollout": {"samples": 8, "max_new_tokens": TOKENS},
-        "learning_rate": RATE,
         "critic_rate": 1.0,
         "kl_coefficient": 0.05,
     },
@@ -88,7 +84,7 @@ SETTINGS["mixed-po"] = {**SETTINGS["ppo-language"], "dpo_batch_size": 32}
 
 
 def reward_table(rows: Rows) -> Tensor:
-    """The scores of neighbours `[8, 8]` that make pairs likeliest: a reward model, linear in counts.
+    """Scores of neighbours `[8, 8]` that make pairs likely: a reward model, linear in counts.
 
     Bradley-Terry with a normal prior of deviation 1/2, by Newton's method.
     """
