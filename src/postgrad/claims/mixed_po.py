@@ -25,7 +25,7 @@ from postgrad.claims.symbols import (
 )
 
 PAIRS, LABEL_TEMPERATURE = 1500, 1.5  # half for the reward model, half for the policy
-DPO_STEPS, PPO_STEPS, EVERY = 40, 10, 2
+DPO_STEPS, PPO_STEPS, EVERY = 40, 12, 4
 FEW = 4  # steps of PPO at which arms are compared, of 64 rollouts each
 METRIC = "score after at most 256 rollouts"
 Rows = list[dict[str, str]]
@@ -42,7 +42,7 @@ ARMS: dict[str, tuple[tuple[tuple[str, str], ...], float]] = {
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    dpo_steps, ppo_steps = (2, 4) if quick else (DPO_STEPS, PPO_STEPS)
+    dpo_steps, ppo_steps = (4, 4) if quick else (DPO_STEPS, PPO_STEPS)
     hidden = hidden_score(seed)
     policy, reference = (reference_policy(seed, *([5] if quick else [])) for _ in range(2))
     every = preferences(policy, hidden, 200 if quick else PAIRS, seed, LABEL_TEMPERATURE)
