@@ -3,7 +3,7 @@ are built on."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,7 @@ class ActorCritic(Method):
         advantage="GAE(gamma, lambda) of token rewards and a critic, standardised over the batch",
         gradient="token log-likelihood ratio",
     )
+    data_format: ClassVar[str | tuple[str, ...]] = "prompts"  # or richer ones, which hold prompts
     config: ActorCriticSettings
 
     def __init__(
@@ -133,9 +134,9 @@ class ActorCritic(Method):
     ):
         super().__init__(config, place)
         require_minibatches(config.minibatches, config.batch_size)
-        found = find_materials(config, place, "prompts", given)
+        found = find_materials(config, place, self.data_format, given, held_out_formats="prompts")
         self.policy, self.data, self.order = found.policy, found.data, found.order
-        self.reward = TaskReward(config, self.data, reward)
+        self.reward = self.find_reward(reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         self.policy.freeze_reference()
@@ -144,6 +145,10 @@ class ActorCritic(Method):
         self.frontier = Frontier.of(
             config, config.frontier, found, place, rewards=self.reward.functions
         )
+
+    def find_reward(self, reward: Any) -> TaskReward:
+        """The reward that was passed from Python, or the one that settings or data name."""
+        return TaskReward(self.config, self.data, reward)
 
     def _find_critic(self) -> ScalarModel:
         name = self.config.critic
