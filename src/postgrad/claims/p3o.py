@@ -11,8 +11,8 @@ from postgrad.advantages.group import leave_one_out
 from postgrad.advantages.penalties import kl_penalised
 from postgrad.advantages.running_means import MovingMean
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.opinions import BUDGETS, TOKENS, gold, reference_policy, subjects, trained
-from postgrad.objectives.trajectory import clipped_responses, p3o_loss
+from postgrad.claims.opinions import TOKENS, gold, reference_policy, subjects, trained
+from postgrad.objectives.trajectory import Clipping, clipped_responses, p3o_loss
 from postgrad.seeding import generator
 
 PROMPTS, ACTIONS, ROUNDS, BATCH, EPOCHS, RATE = 16, 8, 300, 64, 2, 0.5
@@ -84,7 +84,7 @@ def learnt(arm: str, seed: int, rounds: int, scale: float) -> list[tuple[float, 
         for _ in range(EPOCHS):
             now = logits.log_softmax(-1)[prompts].gather(1, actions)
             if arm.startswith("P3O"):
-                clipping = "joint" if "joint" in arm else "separate"
+                clipping: Clipping = "joint" if "joint" in arm else "separate"
                 losses = p3o_loss(now, old, worth, EPS, clipping)
             else:
                 losses = clipped_responses(now, old, worth, EPS)
