@@ -330,10 +330,10 @@ def test_a_bad_setting_is_named_before_anything_is_written(settings, message, tm
 
 
 def test_on_the_bandit_a_shift_changes_nothing_for_differences():
-    plain, shifted = (claim.learnt("P3O", 0, 20, scale)[-1][1] for scale in (0.0, 10.0))
+    plain, shifted = (claim.learnt("P3O", 0, 0, 20, scale)[-1] for scale in (0.0, 10.0))
     assert shifted == pytest.approx(plain, abs=1e-9)
     plain, shifted = (
-        claim.learnt("moving-average baseline", 0, 20, scale)[-1][1] for scale in (0.0, 10.0)
+        claim.learnt("moving-average baseline", 0, 0, 20, scale)[-1] for scale in (0.0, 10.0)
     )
     assert abs(shifted - plain) > 0.01
 
