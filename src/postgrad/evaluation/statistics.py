@@ -43,3 +43,16 @@ def verdict(method: Sequence[float], baseline: Sequence[float], higher_is_better
     if gap.low > 0:
         return "yes"
     return "no" if gap.high < 0 else "not separable"
+
+
+def value_at(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Where a path of points (x, y) first reaches `x`: its y there, linear between two points.
+
+    A path that never gets so far counts with its furthest point.
+    """
+    if not points:
+        raise ValueError("a path needs at least one point")
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if x0 <= x < x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return max(points, key=lambda point: point[0])[1]

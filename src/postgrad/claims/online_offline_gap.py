@@ -1,0 +1,345 @@
+"""A study: the gap between online and offline alignment (Tang et al. 2024, arXiv:2405.08448).
+
+A golden judge labels pairs of an older policy; from here on only it counts as truth. One arm
+learns from these pairs directly. The other samples from its own policy and is labelled by a proxy
+that was fitted to the same pairs: both see the same information, and have the same loss, IPO's:
+
+    Delta = log pi/pi_ref(y_w) - log pi/pi_ref(y_l)
+    L = (Delta - 1/(2 beta))^2
+
+Every checkpoint is judged by its win rate against the reference, under the golden judge, and by
+its KL to the reference; arms are compared at the same KL. The gap is then put to the test:
+
+    H1 coverage         learn offline, in random order, from the very pairs of the online run
+    H2 quality          learn offline from pairs of the final online policy, golden labels
+    H3 classification   use the policy as a classifier of held-out pairs: is Delta > 0?
+    H4 loss             the same with Best-of-2, L = -log pi(y_w)
+
+The paper finds that online wins throughout, that H1 and H2 help in part, that offline policies
+classify better and generate worse, and that the gap stays with Best-of-2. Deviations: a tiny model
+that writes opinions, whose golden judge counts words; a proxy that is a logistic regression on
+words; AdamW; one size of model (the paper's H5 has several), one beta. Besides it the bandit of
+`hundred_arms`, exactly.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgrad.batch import Batch
+from postgrad.claims.base import Claim, Finding, Outcome
+from postgrad.claims.hundred_arms import (
+    PEAKS,
+    Budget,
+    Table,
+    data_policy,
+    draw_contexts,
+    learn,
+    pairwise,
+    peaked_reward,
+)
+from postgrad.claims.opinions import (
+    TOKENS,
+    gold,
+    log_ratios,
+    log_ratios_of,
+    preferences,
+    reference_policy,
+    sample,
+    subjects,
+)
+from postgrad.claims.rso import Ranker
+from postgrad.claims.stepping import Collect, own_batch, train_in_steps
+from postgrad.evaluation.statistics import value_at
+from postgrad.methods.language.online import OnlinePreference
+from postgrad.models.language import LanguagePolicy
+from postgrad.objectives.pairwise import ipo
+from postgrad.seeding import generator
+
+BETA, RATE, BEST_RATE = 0.1, 1e-4, 3e-4
+STEPS, BATCH, EVERY, COUNT = 100, 32, 10, 10
+OLDER, SAMPLES = 100, 8  # steps of the policy that wrote the pairs; its opinions on a subject
+NATS = (0.25, 1.0, 2.0)
+MARGIN, BANDIT_NATS = 10.0, 1.0
+METRIC = "gold win rate at 2 nats"
+ARMS = (
+    "online IPO",
+    "offline IPO",
+    "offline IPO, online data shuffled",
+    "offline IPO, data of the final online policy",
+    "online Best-of-2",
+    "offline Best-of-2",
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """The golden pairs to learn from and to classify, the proxy, and what the reference says.
+
+    `opponents` are the gold rewards, and proxy rewards, `[n]`, of opinions of the reference.
+    """
+
+    pairs: list[dict[str, str]]
+    held_out: list[dict[str, str]]
+    proxy: Ranker
+    opponents: tuple[Tensor, Tensor]
+    seed: int
+    quick: bool
+
+    @classmethod
+    def of(cls, seed: int, quick: bool) -> "World":
+        older = reference_policy(seed, 4 if quick else OLDER)
+        rows = preferences(older, seed, samples=SAMPLES)
+        pairs = [row for i, row in enumerate(rows) if i % 10]
+        proxy = Ranker(pairs)
+        texts = sample(reference(seed, quick), subjects()["test"], 20, "opponents", seed).texts
+        return cls(pairs, rows[::10], proxy, rewards(texts, proxy), seed, quick)
+
+    def judged(self, policy: LanguagePolicy, step: int) -> "Judged":
+        """A policy by fresh opinions on the test subjects, and by the held-out pairs."""
+        count = 1 if self.quick else COUNT
+        drawn = sample(policy, subjects()["test"], count, "judged", self.seed, step)
+        wins = [
+            float(torch.sigmoid(own.unsqueeze(1) - others).mean())
+            for own, others in zip(rewards(drawn.texts, self.proxy), self.opponents, strict=True)
+        ]
+        chosen, rejected = (
+            log_ratios_of(policy, self.held_out, name) for name in ("chosen", "rejected")
+        )
+        return Judged(
+            float(step),
+            float(log_ratios(policy, drawn.prompts, drawn.responses).mean()),
+            *wins,
+            float(((chosen - rejected).sign() + 1).mean() / 2),
+            sum(map(len, drawn.responses)) / len(drawn.responses),
+        )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A checkpoint: KL in nats, win rates by gold and by proxy, accuracy, tokens a response."""
+
+    step: float
+    divergence: float
+    gold: float
+    proxy: float
+    accuracy: float
+    length: float
+
+
+def reference(seed: int, quick: bool) -> LanguagePolicy:
+    """The policy that every arm starts from, which stays its reference."""
+    policy = reference_policy(seed, *([5] if quick else []))
+    policy.freeze_reference()
+    return policy
+
+
+def rewards(texts: list[str], proxy: Ranker) -> tuple[Tensor, Tensor]:
+    """Gold and proxy rewards `[n]`; P(a over b) is the sigmoid of a difference of either."""
+    return torch.tensor([gold(text) for text in texts]), torch.tensor(proxy.scores(texts))
+
+
+def run(arm: str, seed: int, quick: bool) -> Outcome:
+    world = World.of(seed, quick)
+    points = list(judged_in_training(arm, world))
+    by_name = {
+        name: [(point.divergence, getattr(point, kind)) for point in points]
+        for name, kind in (
+            ("gold win rate", "gold"),
+            ("proxy win rate", "proxy"),
+            ("accuracy", "accuracy"),
+        )
+    }
+    values = {
+        f"{name} at {nats:g} {'nat' if nats == 1 else 'nats'}": value_at(curve, nats)
+        for nats in reversed(NATS)
+        for name, curve in by_name.items()
+    }
+    values["best gold win rate"] = max(point.gold for point in points)
+    values |= {f"{name} at the end": curve[-1][1] for name, curve in by_name.items()}
+    values["KL at the end"] = points[-1].divergence
+    values["tokens a response at the end"] = points[-1].length
+    values["accuracy of the proxy"] = proxy_accuracy(world)
+    curves = {f"{name} over KL": curve for name, curve in by_name.items()}
+    curves["KL"] = [(point.step, point.divergence) for point in points]
+    if arm in ARMS[:2]:
+        found, more = in_tables(arm == ARMS[0], seed)
+        values, curves = values | found, curves | more
+    return Outcome(values, curves)
+
+
+def judged_in_training(arm: str, world: World) -> Iterator[Judged]:
+    """Train one arm from the reference, judged now and then."""
+    policy = reference(world.seed, world.quick)
+    prompts = [{"prompt": prompt} for prompt in subjects()["training"]]
+    rollout = {"rollout": {"samples": 2, "max_new_tokens": TOKENS}}
+    cut = {"max_response_tokens": TOKENS}
+    fitted: tuple[str, dict[str, Any], dict[str, Any]]
+    collect: Collect = own_batch
+    if arm == "online IPO":
+        fitted = ("online-dpo", online_settings(), {"data": prompts, "preference": world.proxy})
+    elif arm == "offline IPO, online data shuffled":
+        fitted = ("online-dpo", online_settings(), {"data": prompts, "preference": world.proxy})
+        collect = shuffled(online_run(world)[1], world.seed)
+    elif arm == "online Best-of-2":
+        fitted = (
+            "best-of-n",
+            {"learning_rate": BEST_RATE, **rollout},
+            {"data": prompts, "reward": world.proxy.scores},
+        )
+    elif arm == "offline Best-of-2":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in world.pairs]
+        fitted = ("sft", {"learning_rate": BEST_RATE, **cut}, {"data": rows})
+    else:
+        rows = world.pairs
+        if arm != "offline IPO":
+            rows = preferences(online_run(world)[0], world.seed, samples=SAMPLES)
+        settings = {"beta": BETA, "length_normalised": False, "learning_rate": RATE, **cut}
+        fitted = ("ipo", settings, {"data": rows})
+    yield world.judged(policy, 0)
+    for step in trained(policy, world, *fitted, collect):
+        if step % EVERY == 0 or world.quick:
+            yield world.judged(policy, step)
+
+
+def online_settings() -> dict[str, Any]:
+    rollout = {"samples": 2, "max_new_tokens": TOKENS}
+    return {"loss": "ipo", "beta": BETA, "learning_rate": RATE, "rollout": rollout}
+
+
+def trained(
+    policy: LanguagePolicy,
+    world: World,
+    slug: str,
+    settings: dict[str, Any],
+    objects: dict[str, Any],
+    collect: Collect = own_batch,
+) -> Iterator[int]:
+    """Train the policy by a method of the library; yields the steps made."""
+    common = {"batch_size": BATCH, "warmup_steps": 10, "schedule": "constant"}
+    training = train_in_steps(
+        slug,
+        world.seed,
+        {"model": policy, **objects},
+        collect=collect,
+        steps=2 if world.quick else STEPS,
+        **common,
+        **settings,
+    )
+    for step, _ in training:
+        yield step
+
+
+def online_run(world: World) -> tuple[LanguagePolicy, Batch]:
+    """The final policy of the arm `online IPO`, and all pairs that it learnt from, in order."""
+    kept: list[Batch] = []
+
+    def recorded(method: OnlinePreference, step: int) -> Batch:
+        kept.append(method.collect(step))
+        return kept[-1]
+
+    policy = reference(world.seed, world.quick)
+    prompts = [{"prompt": prompt} for prompt in subjects()["training"]]
+    objects = {"data": prompts, "preference": world.proxy}
+    for _ in trained(policy, world, "online-dpo", online_settings(), objects, recorded):
+        pass
+    pairs = kept[0]
+    for batch in kept[1:]:
+        pairs = pairs.joined(batch)
+    return policy, pairs
+
+
+def shuffled(pairs: Batch, seed: int) -> Collect:
+    """Batches of recorded pairs in random order, each pair once."""
+    order = torch.randperm(len(pairs), generator=generator(seed, "shuffled"))
+    return lambda method, step: pairs.select(order[step * BATCH : (step + 1) * BATCH])
+
+
+def proxy_accuracy(world: World) -> float:
+    """How often the proxy classifies the held-out pairs as they are labelled."""
+    chosen, rejected = ([row[name] for row in world.held_out] for name in ("chosen", "rejected"))
+    said = torch.tensor(world.proxy(chosen, rejected)) - 0.5
+    return float((said.sign() + 1).mean() / 2)
+
+
+def in_tables(
+    online: bool, seed: int
+) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
+    """The same question exactly, on the bandit of a hundred actions."""
+    values, curves = {}, {}
+    for name, peak in PEAKS.items():
+        points = learn(
+            Table(data_policy(seed)),
+            draw_contexts(1, seed),
+            peaked_reward(peak),
+            pairwise(lambda delta: ipo(delta, 1 / (2 * MARGIN))),
+            Budget() if online else Budget().offline(),
+            seed,
+        )
+        curve = [(point.divergence, point.reward) for point in points]
+        values[f"bandit, {name}: reward at {BANDIT_NATS:g} nat"] = value_at(curve, BANDIT_NATS)
+        values[f"bandit, {name}: reward at the end"] = curve[-1][1]
+        values[f"bandit, {name}: KL at the end"] = curve[-1][0]
+        curves[f"bandit, {name}: reward over KL"] = curve
+    return values, curves
+
+
+ONLINE, OFFLINE, SHUFFLED, FINAL, BEST, OFFLINE_BEST = ARMS
+CLAIM = Claim(
+    slug="online-offline-gap",
+    statement="At the same KL from the reference, IPO online, labelled by a proxy fitted to the "
+    "golden pairs, wins more often under the golden judge than IPO offline on those pairs.",
+    task="",
+    metric=METRIC,
+    higher_is_better=True,
+    method=ONLINE,
+    baseline=OFFLINE,
+    arms=ARMS,
+    run=run,
+    findings=(
+        Finding(
+            "The best checkpoint of the online run wins more often than that of the offline run.",
+            "best gold win rate",
+            ONLINE,
+            OFFLINE,
+        ),
+        Finding(
+            "H1: covering the very pairs of the online run does not make offline match online.",
+            METRIC,
+            ONLINE,
+            SHUFFLED,
+        ),
+        Finding("H1: but it helps.", METRIC, SHUFFLED, OFFLINE),
+        Finding(
+            "H2: pairs of the final online policy do not make offline match online.",
+            METRIC,
+            ONLINE,
+            FINAL,
+        ),
+        Finding("H2: but they help.", METRIC, FINAL, OFFLINE),
+        Finding(
+            "H3: at the same KL the offline policy classifies held-out golden pairs better.",
+            "accuracy at 2 nats",
+            OFFLINE,
+            ONLINE,
+        ),
+        Finding("H3: so it does at the end.", "accuracy at the end", OFFLINE, ONLINE),
+        Finding(
+            "H4: Best-of-2, too, wins more often online than offline at the same KL.",
+            "gold win rate at 0.25 nats",
+            BEST,
+            OFFLINE_BEST,
+        ),
+        Finding(
+            "Exactly, on the bandit of a hundred actions: online has more reward at the same KL "
+            "where the reference rarely takes the best actions (R1).",
+            "bandit, R1: reward at 1 nat",
+            ONLINE,
+            OFFLINE,
+        ),
+    ),
+    notes="",
+)
