@@ -22,6 +22,7 @@ words; AdamW; one size of model (the paper's H5 has several), one beta. Besides 
 `hundred_arms`, exactly.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,19 +61,31 @@ from postgrad.objectives.pairwise import ipo
 from postgrad.seeding import generator
 
 BETA, RATE, BEST_RATE = 0.1, 1e-4, 3e-4
-STEPS, BATCH, EVERY, COUNT = 100, 32, 10, 10
-OLDER, SAMPLES = 100, 8  # steps of the policy that wrote the pairs; its opinions on a subject
+BATCH, OLDER = 32, 100  # OLDER: steps of the policy that wrote the pairs
 NATS = (0.25, 1.0, 2.0)
 MARGIN, BANDIT_NATS = 10.0, 1.0
+ROLLOUT = {"samples": 2, "max_new_tokens": TOKENS}
 METRIC = "gold win rate at 2 nats"
-ARMS = (
-    "online IPO",
-    "offline IPO",
-    "offline IPO, online data shuffled",
-    "offline IPO, data of the final online policy",
-    "online Best-of-2",
-    "offline Best-of-2",
-)
+ONLINE, OFFLINE = "online IPO", "offline IPO"
+SHUFFLED = "offline IPO on the online run's pairs, shuffled"
+FINAL = "offline IPO on pairs of the final online policy"
+ONLINE_BEST, OFFLINE_BEST = "online Best-of-2", "offline Best-of-2"
+ARMS = (ONLINE, SHUFFLED, OFFLINE, FINAL, ONLINE_BEST, OFFLINE_BEST)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: opinions on a subject, written, of the reference, and judged."""
+
+    written: int
+    opponents: int
+    judged: int
+    steps: int
+    every: int
+
+
+FULL = Size(written=8, opponents=20, judged=10, steps=100, every=10)
+QUICK = Size(written=2, opponents=1, judged=1, steps=2, every=2)
 
 
 @dataclass(frozen=True)
@@ -91,17 +104,21 @@ class World:
 
     @classmethod
     def of(cls, seed: int, quick: bool) -> "World":
+        size = QUICK if quick else FULL
         older = reference_policy(seed, 4 if quick else OLDER)
-        rows = preferences(older, seed, samples=SAMPLES)
+        rows = preferences(older, seed, samples=size.written)
         pairs = [row for i, row in enumerate(rows) if i % 10]
         proxy = Ranker(pairs)
-        texts = sample(reference(seed, quick), subjects()["test"], 20, "opponents", seed).texts
-        return cls(pairs, rows[::10], proxy, rewards(texts, proxy), seed, quick)
+        drawn = sample(reference(seed, quick), subjects()["test"], size.opponents, "opponents", seed)
+        return cls(pairs, rows[::10], proxy, rewards(drawn.texts, proxy), seed, quick)
+
+    @property
+    def size(self) -> Size:
+        return QUICK if self.quick else FULL
 
     def judged(self, policy: LanguagePolicy, step: int) -> "Judged":
         """A policy by fresh opinions on the test subjects, and by the held-out pairs."""
-        count = 1 if self.quick else COUNT
-        drawn = sample(policy, subjects()["test"], count, "judged", self.seed, step)
+        drawn = sample(policy, subjects()["test"], self.size.judged, "judged", self.seed, step)
         wins = [
             float(torch.sigmoid(own.unsqueeze(1) - others).mean())
             for own, others in zip(rewards(drawn.texts, self.proxy), self.opponents, strict=True)
@@ -165,8 +182,8 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     values["accuracy of the proxy"] = proxy_accuracy(world)
     curves = {f"{name} over KL": curve for name, curve in by_name.items()}
     curves["KL"] = [(point.step, point.divergence) for point in points]
-    if arm in ARMS[:2]:
-        found, more = in_tables(arm == ARMS[0], seed)
+    if arm in (ONLINE, OFFLINE):
+        found, more = in_tables(arm == ONLINE, seed)
         values, curves = values | found, curves | more
     return Outcome(values, curves)
 
@@ -174,67 +191,84 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
 def judged_in_training(arm: str, world: World) -> Iterator[Judged]:
     """Train one arm from the reference, judged now and then."""
     policy = reference(world.seed, world.quick)
-    prompts = [{"prompt": prompt} for prompt in subjects()["training"]]
-    rollout = {"rollout": {"samples": 2, "max_new_tokens": TOKENS}}
-    cut = {"max_response_tokens": TOKENS}
-    fitted: tuple[str, dict[str, Any], dict[str, Any]]
     collect: Collect = own_batch
-    if arm == "online IPO":
-        fitted = ("online-dpo", online_settings(), {"data": prompts, "preference": world.proxy})
-    elif arm == "offline IPO, online data shuffled":
-        fitted = ("online-dpo", online_settings(), {"data": prompts, "preference": world.proxy})
-        collect = shuffled(online_run(world)[1], world.seed)
-    elif arm == "online Best-of-2":
-        fitted = (
+    if arm in (ONLINE, SHUFFLED):
+        training = online_ipo(world)
+        if arm == SHUFFLED:
+            collect = shuffled(online_run(world)[1], world.seed)
+    elif arm == ONLINE_BEST:
+        training = Training(
             "best-of-n",
-            {"learning_rate": BEST_RATE, **rollout},
-            {"data": prompts, "reward": world.proxy.scores},
+            {"learning_rate": BEST_RATE, "rollout": ROLLOUT},
+            {"data": prompts(), "reward": world.proxy.scores},
         )
-    elif arm == "offline Best-of-2":
+    elif arm == OFFLINE_BEST:
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in world.pairs]
-        fitted = ("sft", {"learning_rate": BEST_RATE, **cut}, {"data": rows})
+        training = Training(
+            "sft", {"learning_rate": BEST_RATE, "max_response_tokens": TOKENS}, {"data": rows}
+        )
     else:
         rows = world.pairs
-        if arm != "offline IPO":
-            rows = preferences(online_run(world)[0], world.seed, samples=SAMPLES)
-        settings = {"beta": BETA, "length_normalised": False, "learning_rate": RATE, **cut}
-        fitted = ("ipo", settings, {"data": rows})
+        if arm == FINAL:
+            rows = preferences(online_run(world)[0], world.seed, samples=world.size.written)
+        training = Training(
+            "ipo",
+            {
+                "beta": BETA,
+                "length_normalised": False,
+                "learning_rate": RATE,
+                "max_response_tokens": TOKENS,
+            },
+            {"data": rows},
+        )
     yield world.judged(policy, 0)
-    for step in trained(policy, world, *fitted, collect):
-        if step % EVERY == 0 or world.quick:
+    for step in trained(policy, world, training, collect):
+        if step % world.size.every == 0:
             yield world.judged(policy, step)
 
 
-def online_settings() -> dict[str, Any]:
-    rollout = {"samples": 2, "max_new_tokens": TOKENS}
-    return {"loss": "ipo", "beta": BETA, "learning_rate": RATE, "rollout": rollout}
+@dataclass(frozen=True)
+class Training:
+    """A method of the library, its settings, and what it takes from Python besides the model."""
+
+    slug: str
+    settings: dict[str, Any]
+    objects: dict[str, Any]
+
+
+def prompts() -> list[dict[str, str]]:
+    return [{"prompt": prompt} for prompt in subjects()["training"]]
+
+
+def online_ipo(world: World) -> Training:
+    return Training(
+        "online-dpo",
+        {"loss": "ipo", "beta": BETA, "learning_rate": RATE, "rollout": ROLLOUT},
+        {"data": prompts(), "preference": world.proxy},
+    )
 
 
 def trained(
-    policy: LanguagePolicy,
-    world: World,
-    slug: str,
-    settings: dict[str, Any],
-    objects: dict[str, Any],
-    collect: Collect = own_batch,
+    policy: LanguagePolicy, world: World, training: Training, collect: Collect = own_batch
 ) -> Iterator[int]:
-    """Train the policy by a method of the library; yields the steps made."""
-    common = {"batch_size": BATCH, "warmup_steps": 10, "schedule": "constant"}
-    training = train_in_steps(
-        slug,
+    """Train the policy; yields the steps made."""
+    steps = train_in_steps(
+        training.slug,
         world.seed,
-        {"model": policy, **objects},
+        {"model": policy, **training.objects},
         collect=collect,
-        steps=2 if world.quick else STEPS,
-        **common,
-        **settings,
+        steps=world.size.steps,
+        batch_size=BATCH,
+        warmup_steps=10,
+        schedule="constant",
+        **training.settings,
     )
-    for step, _ in training:
+    for step, _ in steps:
         yield step
 
 
 def online_run(world: World) -> tuple[LanguagePolicy, Batch]:
-    """The final policy of the arm `online IPO`, and all pairs that it learnt from, in order."""
+    """The final policy of the online run, and all pairs that it learnt from, in order."""
     kept: list[Batch] = []
 
     def recorded(method: OnlinePreference, step: int) -> Batch:
@@ -242,14 +276,9 @@ def online_run(world: World) -> tuple[LanguagePolicy, Batch]:
         return kept[-1]
 
     policy = reference(world.seed, world.quick)
-    prompts = [{"prompt": prompt} for prompt in subjects()["training"]]
-    objects = {"data": prompts, "preference": world.proxy}
-    for _ in trained(policy, world, "online-dpo", online_settings(), objects, recorded):
+    for _ in trained(policy, world, online_ipo(world), recorded):
         pass
-    pairs = kept[0]
-    for batch in kept[1:]:
-        pairs = pairs.joined(batch)
-    return policy, pairs
+    return policy, functools.reduce(Batch.joined, kept)
 
 
 def shuffled(pairs: Batch, seed: int) -> Collect:
@@ -287,7 +316,7 @@ def in_tables(
     return values, curves
 
 
-ONLINE, OFFLINE, SHUFFLED, FINAL, BEST, OFFLINE_BEST = ARMS
+
 CLAIM = Claim(
     slug="online-offline-gap",
     statement="At the same KL from the reference, IPO online, labelled by a proxy fitted to the "
@@ -330,7 +359,7 @@ CLAIM = Claim(
         Finding(
             "H4: Best-of-2, too, wins more often online than offline at the same KL.",
             "gold win rate at 0.25 nats",
-            BEST,
+            ONLINE_BEST,
             OFFLINE_BEST,
         ),
         Finding(
