@@ -53,6 +53,6 @@ def value_at(points: Sequence[tuple[float, float]], x: float) -> float:
     if not points:
         raise ValueError("a path needs at least one point")
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x0 <= x < x1:
+        if x0 < x1 and x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return max(points, key=lambda point: point[0])[1]
