@@ -91,7 +91,7 @@ def test_the_reverse_step_hardly_touches_what_is_unlikely():
 )
 def test_one_step_refuses_what_is_no_distribution(policy, target, eta):
     for step in (forward_kl_step, reverse_kl_step):
-        with pytest.raises(ValueError, match="positive|one shape|match"):
+        with pytest.raises(ValueError, match=r"positive|one shape"):
             step(policy, target, eta)
 
 
@@ -197,7 +197,7 @@ def test_weights_are_minus_the_gradients():
 def test_reinforce_standardises_by_all_that_it_has_seen():
     loss = Reinforce()
     loss(drawn(REWARDS[:1]))
-    weights = -8 * gradient(loss(drawn(REWARDS[1:])), torch.zeros(1, 4, dtype=torch.float64)) / 2
+    weights = -4 * gradient(loss(drawn(REWARDS[1:])), torch.zeros(1, 4, dtype=torch.float64))
     every = REWARDS.flatten()
     expected = (REWARDS[1:] - every.mean()) / every.std(correction=0)
     torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-6)
@@ -210,7 +210,7 @@ def test_ppo_begins_as_reinforce_and_stops_at_the_clip():
     at_start = gradient(Reinforce(clip=0.2)(found), found.sampler)
     torch.testing.assert_close(at_start, gradient(Reinforce()(found), found.sampler))
     beyond = gradient(Reinforce(clip=0.2)(found), found.sampler + math.log(1.3))
-    assert not beyond[REWARDS > REWARDS.mean()].any()
+    assert not beyond[REWARDS.mean() < REWARDS].any()
 
 
 # The bandit ----------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_online_in_one_round_is_offline(name):
     points = learnt(budget.in_rounds(1))
     assert points == learnt(budget.offline())
     assert points[-1].step == 30
-    assert points[-1] != points[0]
+    assert points[-1].reward != points[0].reward
 
 
 def test_at_the_start_the_policy_is_its_reference():

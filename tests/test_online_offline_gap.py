@@ -70,10 +70,15 @@ def test_online_dpo_takes_ipos_loss_and_refuses_smoothing_with_it():
 
     def made(**changes):
         settings = validated(OnlineDPOSettings, {**values, **changes})
-        return OnlineDPO(settings, Place(), data=rows, reward=lambda completions: list(map(float, map(len, completions))))
+        return OnlineDPO(
+            settings,
+            Place(),
+            data=rows,
+            reward=lambda completions: list(map(float, map(len, completions))),
+        )
 
     loss, _ = (method := made(loss="ipo", beta=0.25)).loss(method.collect(0))
-    assert float(loss) == pytest.approx(4.0, abs=1e-5)  # (0 - 1/(2 beta))^2 at the reference
+    assert loss.item() == pytest.approx(4.0, abs=1e-5)  # (0 - 1/(2 beta))^2 at the reference
     with pytest.raises(PostgradError, match=r"label_smoothing: .*loss=ipo, got 0\.1"):
         made(loss="ipo", label_smoothing=0.1)
 
@@ -82,12 +87,16 @@ def test_online_dpo_takes_ipos_loss_and_refuses_smoothing_with_it():
 
 
 def test_golden_pairs_are_split_and_the_proxy_has_not_seen_those_held_out(world):
-    assert len(world.held_out) == pytest.approx((len(world.pairs) + len(world.held_out)) / 10, abs=1)
+    assert len(world.held_out) == pytest.approx(
+        (len(world.pairs) + len(world.held_out)) / 10, abs=1
+    )
     assert world.proxy(["good."], ["bad."])[0] == pytest.approx(
         1 - world.proxy(["bad."], ["good."])[0]
     )
     gap = world.proxy.scores(["good."])[0] - world.proxy.scores(["bad."])[0]
-    assert torch.sigmoid(torch.tensor(gap)).item() == pytest.approx(world.proxy(["good."], ["bad."])[0])
+    assert torch.sigmoid(torch.tensor(gap)).item() == pytest.approx(
+        world.proxy(["good."], ["bad."])[0]
+    )
 
 
 def test_at_the_reference_nothing_is_told_apart(world):
@@ -108,7 +117,9 @@ def test_a_win_is_a_matter_of_the_golden_judge(world, monkeypatch):
     monkeypatch.setattr(study, "log_ratios_of", lambda *given: torch.zeros(1))
     opponents = [" old.", " bad and dull."]
     monkeypatch.setattr(study.World, "size", study.QUICK)
-    made = World(world.pairs, world.held_out, world.proxy, study.rewards(opponents, world.proxy), 0, True)
+    made = World(
+        world.pairs, world.held_out, world.proxy, study.rewards(opponents, world.proxy), 0, True
+    )
     expected = sum(gold_preference(Said.texts, opponents)) / 2
     assert made.judged(None, 0).gold == pytest.approx(expected)
 
@@ -160,11 +171,12 @@ def test_a_curve_is_read_where_it_first_reaches_a_divergence():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_on_the_bandit_the_gap_at_one_divergence_is_where_the_reference_does_not_go(seed):
+def test_on_the_bandit_small_batches_have_a_gap_where_the_reference_does_not_go(seed):
     online, _ = study.in_tables(True, seed)
     offline, _ = study.in_tables(False, seed)
     gaps = {
-        name: online[f"bandit, {name}: reward at 1 nat"] - offline[f"bandit, {name}: reward at 1 nat"]
+        name: online[f"bandit, {name}: reward at 1 nat"]
+        - offline[f"bandit, {name}: reward at 1 nat"]
         for name in ("R1", "R2")
     }
     assert gaps["R1"] > 0.02

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 
-
 def best_of_n_weights(rewards: Tensor, against_worst: float = 0.0) -> Tensor:
     """1 for the best of a prompt's samples, minus `against_worst` for the worst; else 0.
 

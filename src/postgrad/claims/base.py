@@ -53,10 +53,11 @@ class Claim:
     findings: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
-        for compared in (self, *self.findings):
-            for arm in (compared.method, compared.baseline):
-                if arm not in self.arms:
-                    raise ValueError(f"{arm!r} is not among the arms {self.arms}")
+        compared = [(self.method, self.baseline)]
+        compared += [(finding.method, finding.baseline) for finding in self.findings]
+        for arm in (arm for sides in compared for arm in sides):
+            if arm not in self.arms:
+                raise ValueError(f"{arm!r} is not among the arms {self.arms}")
 
 
 def load_claim(slug: str) -> Claim:

@@ -7,6 +7,7 @@ much. A policy is a table of logits, or a network on contexts that the reward do
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ def data_policy(seed: int) -> Tensor:
     uniform = torch.rand(10_000, generator=generator(seed, "data policy"), dtype=torch.float64)
     squashed = torch.tanh(-0.7 + 0.4 * torch.tan(math.pi * (uniform - 0.5)))
     bins = ((squashed + 1) / 2 * ACTIONS).long().clamp(max=ACTIONS - 1)
-    return torch.bincount(bins, minlength=ACTIONS) / len(bins)
+    return torch.bincount(bins, minlength=ACTIONS).double() / len(bins)
 
 
 def peaked_reward(peak: float, width: float = 10.0) -> Tensor:
@@ -67,7 +68,7 @@ class Network(nn.Module):
         sizes = [CONTEXT, hidden, hidden, ACTIONS]
         random = generator(seed, "network")
         self.layers = nn.ModuleList(
-            nn.Linear(a, b, dtype=torch.float64) for a, b in zip(sizes, sizes[1:], strict=False)
+            nn.Linear(a, b, dtype=torch.float64) for a, b in itertools.pairwise(sizes)
         )
         for parameter in self.parameters():
             bound = CONTEXT**-0.5 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
@@ -255,7 +256,9 @@ def learn(
             known = reference(at)
             sampler = policy(at) if budget.online else known
             actions = torch.multinomial(sampler.exp(), budget.samples, True, generator=random)
-        objective = loss(Drawn(reward[actions], known.gather(1, actions), sampler.gather(1, actions)))
+        objective = loss(
+            Drawn(reward[actions], known.gather(1, actions), sampler.gather(1, actions))
+        )
         for inner in range(budget.steps):
             optimiser.zero_grad()
             objective(policy(at).gather(1, actions)).backward()

@@ -8,7 +8,7 @@ them and takes gradient steps; only who draws the samples and the loss differ:
     RWR          -exp(r/beta) log pi(a)
     REINFORCE    -A log pi(a),  A = (r - mean)/std, running;  without negatives: A - min A
     PPO          max(-rho A, -clip(rho, 1 - 0.2, 1 + 0.2) A),  rho = pi/pi_gen
-    DPO          -log sigma(beta Delta) of all pairs,  Delta = log pi/pi_ref(a_w) - log pi/pi_ref(a_l)
+    DPO          -log sigma(beta Delta) of all pairs; Delta = log [pi/pi_ref(a_w) : pi/pi_ref(a_l)]
     IPO          (Delta - m)^2 of all pairs, m = 10: the usual 1/(2 beta)
 
 The paper's answer: both help where the reference rarely takes the best actions (R1), little where
@@ -66,8 +66,13 @@ ARMS = {
     for name in LOSSES
     if (name, source) != ("Pref-FT", "online")
 }
-# of the networks, online and offline
-RATES: dict[str, tuple[float, float]] = {name: (1e-3, 1e-3) for name in LOSSES}
+# learning rates of tables and networks, online and offline; see the notes
+TABLE_RATES, NETWORK_RATES = (0.03, 1.0), (1e-3, 1e-3)
+OTHER_NETWORK_RATES = {
+    ("BoN with negatives", False): 3e-4,
+    ("REINFORCE", False): 3e-4,
+    ("PPO", False): 3e-3,
+}
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
@@ -83,6 +88,8 @@ def in_tables(
 ) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
     """Numbers and curves of one loss whose policy is a table of logits."""
     probabilities = data_policy(seed)
+
+    budget = replace(budget, learning_rate=TABLE_RATES[not online])
 
     def learnt(peak: int, width: float, how: Budget) -> list[Point]:
         how = how if online else how.offline()
@@ -116,7 +123,8 @@ def with_contexts(
 ) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
     """The same of a network on contexts, measured on contexts of its own."""
     probabilities = data_policy(seed)
-    budget = replace(budget, learning_rate=RATES[name][not online])
+    rate = OTHER_NETWORK_RATES.get((name, online), NETWORK_RATES[not online])
+    budget = replace(budget, learning_rate=rate)
     reference = fitted_network(seed, probabilities, fit)
     found = {
         key: learn(
@@ -158,7 +166,7 @@ def _findings() -> tuple[Finding, ...]:
     plain = ("BoN", "RWR", "REINFORCE", "PPO", "DPO", "IPO")
     fresh = [
         Finding(
-            f"{name} reaches more on R1 from samples of its own than from as many of the reference.",
+            f"{name} reaches more on R1 from its own samples than from as many of the reference.",
             "reward on R1",
             f"{name}, online",
             f"{name}, offline",

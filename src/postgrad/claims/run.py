@@ -64,9 +64,7 @@ def summarise(
 
     def compared(sides: Claim | Finding) -> dict[str, Any]:
         """Both sides with their intervals, and the verdict."""
-        method, baseline = (
-            values(arm, sides.metric) for arm in (sides.method, sides.baseline)
-        )
+        method, baseline = (values(arm, sides.metric) for arm in (sides.method, sides.baseline))
         holds = verdict(method, baseline, sides.higher_is_better)
         return {
             "metric": sides.metric,

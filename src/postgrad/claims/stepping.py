@@ -25,8 +25,8 @@ def train_in_steps(
     slug: str,
     seed: int,
     objects: Mapping[str, Any],
-    *,
     collect: Collect = own_batch,
+    /,
     **settings: Any,
 ) -> Iterator[tuple[int, Metrics]]:
     """The real method under the loop's optimiser, on the CPU and without a run folder.

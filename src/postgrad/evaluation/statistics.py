@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 # 97.5 % quantiles of Student's t for 1 … 30 degrees of freedom
 _T = (
@@ -52,7 +53,7 @@ def value_at(points: Sequence[tuple[float, float]], x: float) -> float:
     """
     if not points:
         raise ValueError("a path needs at least one point")
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 < x1 and x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return max(points, key=lambda point: point[0])[1]

@@ -38,8 +38,9 @@ def forward_kl_step(policy: Tensor, target: Tensor, eta: float) -> OneStep:
 
     log p'_j/p_j = eta (q_j - p_j) + c. `policy` and `target` `[..., K]` are positive distributions.
     """
+    _expect_distributions(policy, target)
     divergence = (target * (target.log() - policy.log())).sum(-1)
-    return _step(policy, target, policy - target, divergence, eta)
+    return _step(policy, policy - target, divergence, eta)
 
 
 def reverse_kl_step(policy: Tensor, target: Tensor, eta: float) -> OneStep:
@@ -48,22 +49,24 @@ def reverse_kl_step(policy: Tensor, target: Tensor, eta: float) -> OneStep:
     log p'_j/p_j = eta p_j [log q_j/p_j + KL(p || q)] + c. Both are positive distributions
     `[..., K]`.
     """
+    _expect_distributions(policy, target)
     log_ratio = policy.log() - target.log()
     divergence = (policy * log_ratio).sum(-1)
     gradient = policy * (log_ratio - divergence.unsqueeze(-1))
-    return _step(policy, target, gradient, divergence, eta)
+    return _step(policy, gradient, divergence, eta)
 
 
-def _step(
-    policy: Tensor, target: Tensor, gradient: Tensor, divergence: Tensor, eta: float
-) -> OneStep:
-    expect_same_shape(policy=policy, target=target)
+def _step(policy: Tensor, gradient: Tensor, divergence: Tensor, eta: float) -> OneStep:
     if not eta > 0:
         raise ValueError(f"the step size must be positive, got {eta}")
-    for name, given in (("policy", policy), ("target", target)):
-        if not bool((given > 0).all()) or bool(((given.sum(-1) - 1).abs() > 1e-5).any()):
-            raise ValueError(f"{name} must be positive and sum to 1")
     updated = (policy.log() - eta * gradient).log_softmax(-1)
     log_ratio = updated - policy.log()
     constant = (log_ratio + eta * gradient)[..., 0]
     return OneStep(divergence, gradient, updated.exp(), log_ratio, constant)
+
+
+def _expect_distributions(policy: Tensor, target: Tensor) -> None:
+    expect_same_shape(policy=policy, target=target)
+    for name, given in (("policy", policy), ("target", target)):
+        if not bool((given > 0).all()) or bool(((given.sum(-1) - 1).abs() > 1e-5).any()):
+            raise ValueError(f"{name} must be positive and sum to 1")
