@@ -32,7 +32,8 @@ def same(one, other):
 
 def follow(world, collect):
     policy = reference(world.seed, world.quick)
-    steps = list(trained(policy, world, online_ipo(world), collect))
+    rate, _ = study.ARMS[study.ONLINE]
+    steps = list(trained(policy, world, online_ipo(world), rate, 2, collect))
     assert steps == [1, 2]
     return weights(policy)
 
@@ -87,9 +88,7 @@ def test_online_dpo_takes_ipos_loss_and_refuses_smoothing_with_it():
 
 
 def test_golden_pairs_are_split_and_the_proxy_has_not_seen_those_held_out(world):
-    assert len(world.held_out) == pytest.approx(
-        (len(world.pairs) + len(world.held_out)) / 10, abs=1
-    )
+    assert len(world.held_out) == pytest.approx((len(world.pairs) + len(world.held_out)) / 5, abs=1)
     assert world.proxy(["good."], ["bad."])[0] == pytest.approx(
         1 - world.proxy(["bad."], ["good."])[0]
     )

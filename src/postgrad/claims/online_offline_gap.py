@@ -60,17 +60,25 @@ from postgrad.models.language import LanguagePolicy
 from postgrad.objectives.pairwise import ipo
 from postgrad.seeding import generator
 
-BETA, RATE, BEST_RATE = 0.1, 1e-4, 3e-4
+BETA = 0.1
 BATCH, OLDER = 32, 100  # OLDER: steps of the policy that wrote the pairs
-NATS = (0.25, 1.0, 2.0)
+NATS = (1.0, 0.5, 0.25)
 MARGIN = 10.0  # 1/(2 beta), on the bandit
 ROLLOUT = {"samples": 2, "max_new_tokens": TOKENS}
-METRIC = "gold win rate at 2 nats"
+METRIC = "gold win rate at 1 nat"
 ONLINE, OFFLINE = "online IPO", "offline IPO"
 SHUFFLED = "offline IPO on the online run's pairs, shuffled"
 FINAL = "offline IPO on pairs of the final online policy"
 ONLINE_BEST, OFFLINE_BEST = "online Best-of-2", "offline Best-of-2"
-ARMS = (ONLINE, SHUFFLED, OFFLINE, FINAL, ONLINE_BEST, OFFLINE_BEST)
+# learning rate and how long, in units of the online run's steps
+ARMS = {
+    ONLINE: (2e-4, 1),
+    SHUFFLED: (2e-4, 1),
+    OFFLINE: (3e-4, 2),
+    FINAL: (2e-4, 1),
+    ONLINE_BEST: (3e-4, 1),
+    OFFLINE_BEST: (3e-4, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,11 @@ class Size:
     opponents: int
     judged: int
     steps: int
-    every: int
+    checkpoints: int
 
 
-FULL = Size(written=8, opponents=20, judged=10, steps=100, every=10)
-QUICK = Size(written=2, opponents=1, judged=1, steps=2, every=2)
+FULL = Size(written=12, opponents=20, judged=8, steps=60, checkpoints=10)
+QUICK = Size(written=2, opponents=1, judged=1, steps=2, checkpoints=1)
 
 
 @dataclass(frozen=True)
@@ -107,12 +115,12 @@ class World:
         size = QUICK if quick else FULL
         older = reference_policy(seed, 4 if quick else OLDER)
         rows = preferences(older, seed, samples=size.written)
-        pairs = [row for i, row in enumerate(rows) if i % 10]
+        pairs = [row for i, row in enumerate(rows) if i % 5]
         proxy = Ranker(pairs)
         drawn = sample(
             reference(seed, quick), subjects()["test"], size.opponents, "opponents", seed
         )
-        return cls(pairs, rows[::10], proxy, rewards(drawn.texts, proxy), seed, quick)
+        return cls(pairs, rows[::5], proxy, rewards(drawn.texts, proxy), seed, quick)
 
     @property
     def size(self) -> Size:
@@ -175,7 +183,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     }
     values = {
         f"{name} at {nats:g} {'nat' if nats == 1 else 'nats'}": value_at(curve, nats)
-        for nats in reversed(NATS)
+        for nats in NATS
         for name, curve in by_name.items()
     }
     values["best gold win rate"] = max(point.gold for point in points)
@@ -194,6 +202,8 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
 def judged_in_training(arm: str, world: World) -> Iterator[Judged]:
     """Train one arm from the reference, judged now and then."""
     policy = reference(world.seed, world.quick)
+    rate, times = ARMS[arm]
+    steps = times * world.size.steps
     collect: Collect = own_batch
     if arm in (ONLINE, SHUFFLED):
         training = online_ipo(world)
@@ -202,14 +212,12 @@ def judged_in_training(arm: str, world: World) -> Iterator[Judged]:
     elif arm == ONLINE_BEST:
         training = Training(
             "best-of-n",
-            {"learning_rate": BEST_RATE, "rollout": ROLLOUT},
+            {"rollout": ROLLOUT},
             {"data": prompts(), "reward": world.proxy.scores},
         )
     elif arm == OFFLINE_BEST:
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in world.pairs]
-        training = Training(
-            "sft", {"learning_rate": BEST_RATE, "max_response_tokens": TOKENS}, {"data": rows}
-        )
+        training = Training("sft", {"max_response_tokens": TOKENS}, {"data": rows})
     else:
         rows = world.pairs
         if arm == FINAL:
@@ -219,14 +227,13 @@ def judged_in_training(arm: str, world: World) -> Iterator[Judged]:
             {
                 "beta": BETA,
                 "length_normalised": False,
-                "learning_rate": RATE,
                 "max_response_tokens": TOKENS,
             },
             {"data": rows},
         )
     yield world.judged(policy, 0)
-    for step in trained(policy, world, training, collect):
-        if step % world.size.every == 0:
+    for step in trained(policy, world, training, rate, steps, collect):
+        if step % (steps // world.size.checkpoints) == 0:
             yield world.judged(policy, step)
 
 
@@ -246,27 +253,33 @@ def prompts() -> list[dict[str, str]]:
 def online_ipo(world: World) -> Training:
     return Training(
         "online-dpo",
-        {"loss": "ipo", "beta": BETA, "learning_rate": RATE, "rollout": ROLLOUT},
+        {"loss": "ipo", "beta": BETA, "rollout": ROLLOUT},
         {"data": prompts(), "preference": world.proxy},
     )
 
 
 def trained(
-    policy: LanguagePolicy, world: World, training: Training, collect: Collect = own_batch
+    policy: LanguagePolicy,
+    world: World,
+    training: Training,
+    rate: float,
+    steps: int,
+    collect: Collect = own_batch,
 ) -> Iterator[int]:
     """Train the policy; yields the steps made."""
-    steps = train_in_steps(
+    made = train_in_steps(
         training.slug,
         world.seed,
         {"model": policy, **training.objects},
         collect,
-        steps=world.size.steps,
+        steps=steps,
+        learning_rate=rate,
         batch_size=BATCH,
         warmup_steps=10,
         schedule="constant",
         **training.settings,
     )
-    for step, _ in steps:
+    for step, _ in made:
         yield step
 
 
@@ -279,7 +292,8 @@ def online_run(world: World) -> tuple[LanguagePolicy, Batch]:
         return kept[-1]
 
     policy = reference(world.seed, world.quick)
-    for _ in trained(policy, world, online_ipo(world), recorded):
+    rate, times = ARMS[ONLINE]
+    for _ in trained(policy, world, online_ipo(world), rate, times * world.size.steps, recorded):
         pass
     return policy, functools.reduce(Batch.joined, kept)
 
@@ -332,12 +346,16 @@ CLAIM = Claim(
     slug="online-offline-gap",
     statement="At the same KL from the reference, IPO online, labelled by a proxy fitted to the "
     "golden pairs, wins more often under the golden judge than IPO offline on those pairs.",
-    task="",
+    task="a tiny language model writes opinions such as `the soup was warm, old and bitter.`; the "
+    "golden judge counts approving less disapproving words (Bradley-Terry); 900 pairs on 150 "
+    "subjects by a half-trained policy, a fifth of them held out; the proxy is a logistic "
+    "regression on words; IPO with beta 0.1, 32 pairs a step; win rate against the reference on 30 "
+    "other subjects, where the path over KL first reaches 1 nat",
     metric=METRIC,
     higher_is_better=True,
     method=ONLINE,
     baseline=OFFLINE,
-    arms=ARMS,
+    arms=tuple(ARMS),
     run=run,
     findings=(
         Finding(
@@ -362,7 +380,7 @@ CLAIM = Claim(
         Finding("H2: but they help.", METRIC, FINAL, OFFLINE),
         Finding(
             "H3: at the same KL the offline policy classifies held-out golden pairs better.",
-            "accuracy at 2 nats",
+            "accuracy at 1 nat",
             OFFLINE,
             ONLINE,
         ),
