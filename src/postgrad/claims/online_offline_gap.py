@@ -74,7 +74,7 @@ ONLINE_BEST, OFFLINE_BEST = "online Best-of-2", "offline Best-of-2"
 ARMS = {
     ONLINE: (2e-4, 1),
     SHUFFLED: (2e-4, 1),
-    OFFLINE: (3e-4, 2),
+    OFFLINE: (3e-4, 3),
     FINAL: (2e-4, 1),
     ONLINE_BEST: (3e-4, 1),
     OFFLINE_BEST: (3e-4, 1),
@@ -92,7 +92,7 @@ class Size:
     checkpoints: int
 
 
-FULL = Size(written=12, opponents=20, judged=8, steps=60, checkpoints=10)
+FULL = Size(written=12, opponents=20, judged=8, steps=40, checkpoints=8)
 QUICK = Size(written=2, opponents=1, judged=1, steps=2, checkpoints=1)
 
 
