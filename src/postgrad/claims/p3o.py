@@ -18,7 +18,7 @@ from postgrad.seeding import generator
 PROMPTS, ACTIONS, WORLDS, ROUNDS, BATCH, EPOCHS, RATE = 16, 8, 3, 300, 64, 2, 0.5
 BETA, EPS, SCALES = 0.02, 0.2, (0, 3, 10)
 METRIC = "share of the best reward, shifts of 10"
-STEPS, SHIFT, WINDOW = 60, 5.0, 640
+STEPS, SHIFT, WINDOW = 48, 5.0, 640
 
 # what prompts `[B]` and rewards `[B, 2]` are turned into: what the responses are learnt by
 Credit = Callable[[Tensor, Tensor], Tensor]
