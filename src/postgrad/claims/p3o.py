@@ -150,6 +150,7 @@ def on_opinions(arm: str, seed: int, quick: bool, shift: float) -> Outcome:
         slug,
         {
             "beta": 0.05,
+            "batch_size": 4 if quick else 32,
             "epochs": EPOCHS,
             "rollout": {"samples": 2, "max_new_tokens": TOKENS},
             **settings,
@@ -157,7 +158,7 @@ def on_opinions(arm: str, seed: int, quick: bool, shift: float) -> Outcome:
         policy,
         {"data": [{"prompt": text} for text in subjects()["training"]], "reward": reward},
         seed,
-        steps=4 if quick else STEPS,
+        steps=2 if quick else STEPS,
         every=2 if quick else 12,
         samples=30 if quick else 240,
     )
