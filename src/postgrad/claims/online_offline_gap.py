@@ -24,7 +24,7 @@ words; AdamW; one size of model (the paper's H5 has several), one beta. Besides 
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -194,7 +194,9 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     curves = {f"{name} over KL": curve for name, curve in by_name.items()}
     curves["KL"] = [(point.step, point.divergence) for point in points]
     if arm in (ONLINE, OFFLINE):
-        found, more = in_tables(arm == ONLINE, seed)
+        found, more = in_tables(
+            arm == ONLINE, seed, Budget(rounds=3, steps=5) if quick else Budget()
+        )
         values, curves = values | found, curves | more
     return Outcome(values, curves)
 
@@ -312,7 +314,7 @@ def proxy_accuracy(world: World) -> float:
 
 
 def in_tables(
-    online: bool, seed: int
+    online: bool, seed: int, budget: Budget
 ) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
     """The same question exactly, on the bandit of a hundred actions.
 
@@ -320,17 +322,17 @@ def in_tables(
     """
     values, curves = {}, {}
     budgets = {
-        "": Budget(online=online),
-        ", offline in one batch": Budget() if online else Budget().offline(),
+        "": replace(budget, online=online),
+        ", offline in one batch": budget if online else budget.offline(),
     }
     for name, peak in PEAKS.items():
-        for form, budget in budgets.items():
+        for form, how in budgets.items():
             points = learn(
                 Table(data_policy(seed)),
                 draw_contexts(1, seed),
                 peaked_reward(peak),
                 pairwise(lambda delta: ipo(delta, 1 / (2 * MARGIN))),
-                budget,
+                how,
                 seed,
                 every=5,
             )
