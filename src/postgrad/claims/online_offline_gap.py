@@ -76,8 +76,8 @@ ARMS = {
     SHUFFLED: (2e-4, 1),
     OFFLINE: (3e-4, 3),
     FINAL: (2e-4, 1),
-    ONLINE_BEST: (3e-4, 1),
-    OFFLINE_BEST: (3e-4, 1),
+    ONLINE_BEST: (1e-4, 1),
+    OFFLINE_BEST: (1e-4, 1),
 }
 
 
