@@ -389,7 +389,7 @@ CLAIM = Claim(
         Finding("H3: so it does at the end.", "accuracy at the end", OFFLINE, ONLINE),
         Finding(
             "H4: Best-of-2, too, wins more often online than offline at the same KL.",
-            "gold win rate at 0.25 nats",
+            "gold win rate at 0.5 nats",
             ONLINE_BEST,
             OFFLINE_BEST,
         ),
