@@ -244,6 +244,6 @@ CLAIM = Claim(
     "offline at a rate of 0.03, betas of 0.1, 0.25, 0.5 and 1 reach 0.90, 0.45, 0.15 and 0.08 on "
     "R1. In tables the paper's result that offline losses with negative gradients beat those "
     "without where the optimum is far depends on the learning rate: offline DPO reaches 0.17 on R1 "
-    "at 0.03, 0.48 at 0.1 and 0.98 at 1 (IPO 0.25, 0.45, 0.45), BoN 0.31 or 0.32 at all three. What "
-    "is early is compared at one learning rate, that of all online arms.",
+    "at 0.03, 0.48 at 0.1 and 0.98 at 1 (IPO 0.25, 0.45, 0.45), BoN 0.31 or 0.32 at all three. "
+    "What is early is compared at one learning rate, that of all online arms.",
 )
