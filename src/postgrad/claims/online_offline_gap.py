@@ -410,7 +410,7 @@ CLAIM = Claim(
     notes="All arms read their number off the path over KL where it first reaches it; one that "
     "never does counts with its furthest checkpoint. beta is 0.1, the only one tried; 40 steps "
     "online, 120 offline. Learning rates on seed 100, which is not reported: online IPO 2e-4 (of "
-    "1e-4 and 2e-4), offline 3e-4 (of 1e-4, 2e-4, 3e-4 and 1e-3, which went to 15 nats for nothing), "
+    "1e-4 and 2e-4), offline 3e-4 (of 1e-4, 2e-4, 3e-4 and 1e-3, which went to 15 nats), "
     "Best-of-2 1e-4 (of 1e-4 and 3e-4, which online went to 40 nats); the two ablations have that "
     "of the online run. On the bandit the gap at the same KL depends on the batches of the offline "
     "arm: in the online run's small ones it is behind, with all 3000 samples in one it is not.",
