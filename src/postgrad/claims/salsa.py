@@ -19,7 +19,7 @@ from postgrad.claims.symbols import (
     strings,
 )
 from postgrad.models.language import LanguagePolicy
-from postgrad.models.snapshots import soup
+from postgrad.models.snapshots import Snapshot, soup
 
 DEMONSTRATIONS, SFT_STEPS, SFT_BATCH, SFT_RATE = 60, 250, 32, 2e-3
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -119,7 +119,7 @@ def along_the_line(seed: int, quick: bool) -> dict[str, list[tuple[float, float]
     tests = demonstrations(seed)[2 * DEMONSTRATIONS :]
     asked = [policy.render(row["prompt"]) for row in tests]
     wanted = [policy.encode_response(row["completion"]) for row in tests]
-    weights = [dict(model.named_parameters()) for model in (first, second)]
+    weights = [Snapshot(model).weights for model in (first, second)]
     scores, losses = [], []
     for share in SHARES:
         policy.load_state_dict(soup(weights, [share, 1 - share]), strict=False)

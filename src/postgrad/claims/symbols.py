@@ -187,7 +187,8 @@ def followed(
     """Train `policy` by a method; its true score and KL before and after every `every` steps.
 
     The KL is to `reference`, by default the reference policy of `seed`, whatever the method's own
-    is; both are of `count` strings for every prompt. `objects` are what the method takes from Python besides the model: `data`, `reward` …
+    is; both are of `count` strings for every prompt. `objects` are what the method takes from
+    Python besides the model: `data`, `reward` …
     """
     reference = reference or reference_policy(seed)
     yield 0, measure(policy, reference, hidden, seed, 0, count=count)
