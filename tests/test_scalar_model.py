@@ -64,10 +64,9 @@ def test_a_value_is_the_number_of_the_beginning(model):
     """V(s_t) does not see token t: it is the number of prompt and response up to before it."""
     prompts, responses = items(model)
     values = model.values(prompts, responses)
-    for t in range(3):
-        beginnings = [response[:t] for response in responses[:2]]
-        expected = model.rewards(prompts[:2], beginnings)
-        torch.testing.assert_close(values[:2, t][: len(expected)], expected, rtol=1e-4, atol=1e-4)
+    for t in range(2):
+        expected = model.rewards(prompts, [response[:t] for response in responses])
+        torch.testing.assert_close(values[:, t], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_number_is_that_of_the_end_token_even_where_it_pads(model):

@@ -74,8 +74,8 @@ def in_tables(arm: str, games: Games, beta: float, eta: float, steps: int) -> Cu
 
 CLAIM = Claim(
     slug="egpo",
-    statement="With a weak KL the last policy of EGPO is close to the equilibrium of the preference "
-    "game, where online mirror descent and Nash-MD with as many steps are not.",
+    statement="With a weak KL the last policy of EGPO is close to the equilibrium of the "
+    "preference game, where online mirror descent and Nash-MD with as many steps are not.",
     task="10 random games of 10 responses, beta 0.1, 0.01 and 0.001 (the last decides), random "
     "references; 100, 1000 and 20000 exact steps, of which EGPO takes half as many double ones; "
     "median over games of the duality gap regularised by beta",

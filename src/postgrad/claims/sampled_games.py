@@ -43,8 +43,7 @@ def sample_pairs(games: Games, policy: Tensor, pairs: int, *stream: object) -> S
     random = generator(0, "pairs", *stream)
     count, size = policy.shape
     first, second = (
-        torch.multinomial(policy.exp(), pairs, replacement=True, generator=random)
-        for _ in range(2)
+        torch.multinomial(policy.exp(), pairs, replacement=True, generator=random) for _ in range(2)
     )
     rows = torch.arange(count).unsqueeze(1)
     chance = games.preferences[rows, first, second]

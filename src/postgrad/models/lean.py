@@ -108,6 +108,7 @@ def _linear(self: Any, input: Tensor) -> Tensor:
     device = input.device.type
     if (
         device != "cpu"
+        or input.dim() == 1
         or not input.dtype == self.weight.dtype == torch.float32
         or torch.is_autocast_enabled(device)
     ):

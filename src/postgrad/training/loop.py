@@ -33,7 +33,6 @@ from postgrad.training.optimise import Optimisers, autocast, evaluated
 from postgrad.training.profile import Profiler
 from postgrad.training.record import RunFolder
 
-
 _MOST_PASSED_OVER = 20  # steps in a row
 
 

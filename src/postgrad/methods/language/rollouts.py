@@ -23,9 +23,10 @@ def rollout_batch(
     terms: dict[str, Tensor],
     **fields: Any,
 ) -> Batch:
-    """Rollouts as a batch, with each one's group, reward and reward terms `[N]`, and more fields."""
+    """Rollouts as a batch, with each one's group, reward, reward terms `[N]`, and more fields."""
     lengths = torch.tensor([len(response) for response in rollouts.responses])
     mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    named = {f"{TERM}{name}": term for name, term in terms.items()}
     return Batch(
         prompts=rollouts.prompts,
         responses=rollouts.responses,
@@ -38,8 +39,7 @@ def rollout_batch(
         finished=rollouts.finished,
         texts=rollouts.texts,
         step=torch.full((len(lengths),), step),
-        **fields,
-        **{f"{TERM}{name}": term for name, term in terms.items()},
+        **{**fields, **named},
     )
 
 

@@ -21,9 +21,7 @@ class P3OSettings(TrajectorySettings):
     eps: float = setting(
         0.2, "ratios, or with clipping=joint log-ratios, are clipped this far (uncertain)", gt=0
     )
-    beta: float = setting(
-        0.05, "weight of the KL in the reward (the paper varies it)", ge=0
-    )
+    beta: float = setting(0.05, "weight of the KL in the reward (the paper varies it)", ge=0)
 
 
 class P3O(TrajectoryPolicyGradient):
