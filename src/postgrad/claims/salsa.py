@@ -23,7 +23,7 @@ from postgrad.models.snapshots import Snapshot, soup
 
 DEMONSTRATIONS, SFT_STEPS, SFT_BATCH, SFT_RATE = 60, 250, 32, 2e-3
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-BETAS = (0.05, 0.1, 0.2)
+BETAS = (0.1, 0.2)
 BUDGETS = (10, 15)
 STEPS, QUICK = 20, 5
 METRIC = f"score at the end, beta {BETAS[-1]:g}"
@@ -136,7 +136,7 @@ CLAIM = Claim(
     "score than with the first model as the reference, at an equal weight of the KL.",
     task="a tiny language model writes strings of 12 letters; hidden numbers for pairs of "
     "neighbours add up to a score, a fifth of which is the reward; two models fine-tuned on 60 "
-    "better strings each; PPO from the first, 20 steps of 32 rollouts, beta 0.05, 0.1 and 0.2 "
+    "better strings each; PPO from the first, 20 steps of 32 rollouts, beta 0.1 and 0.2 "
     "(which decides); true score of 256 fresh strings",
     metric=METRIC,
     higher_is_better=True,
