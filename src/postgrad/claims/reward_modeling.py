@@ -34,8 +34,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MEAN = "mean of the ensemble"
 ALONE = ("weakest 20 % alone", "strongest 20 % alone")
-ON_OPINIONS = ("flip and margin", "plain", "flip", "soft labels", "MetaRM")
-EACH, STEPS, RATE, OPINION_MODELS, OPINION_ETA = 4, 60, 1e-3, 6, 0.1
+ON_OPINIONS = ("flip and margin", "plain", "soft labels", "MetaRM")
+EACH, STEPS, RATE, OPINION_MODELS, OPINION_ETA = 5, 60, 5e-4, 5, 0.1
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
@@ -109,7 +109,7 @@ def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
     remedies, settings = ARMS[arm]
     if remedies != "none":
         settings = {**settings, "strength": remedies, "flip_share": SHARE, "ensemble": models}
-    rows = labelled(policy, seed, 1 if quick else EACH)
+    rows = labelled(policy, seed, 1 if quick else EACH, keep_ties=quick)
     model = ScalarModel.on_body_of(policy)
     objects: dict[str, Any] = {"model": model, "data": rows}
     if arm == "MetaRM":
@@ -123,6 +123,7 @@ def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
         steps=(10 if quick else STEPS) + (models if remedies != "none" else 0),
         batch_size=32,
         learning_rate=RATE,
+        schedule="linear",
         max_response_tokens=TOKENS,
         **settings,
     )
@@ -138,12 +139,17 @@ def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
     return Outcome(values, curves)
 
 
-def labelled(policy: LanguagePolicy, seed: int, each: int) -> list[dict[str, str]]:
-    """`each` pairs of different opinions on a training subject, labelled by Bradley-Terry."""
+def labelled(
+    policy: LanguagePolicy, seed: int, each: int, *, keep_ties: bool
+) -> list[dict[str, str]]:
+    """At most `each` pairs of unlike worth on a training subject, P = sigma(3 times the gap)."""
     chance = generator(seed, "reward labels")
     rows = []
     for prompt, first, second in _couples(policy, "training", 2 * each, 1, seed):
-        wins = torch.sigmoid(torch.tensor(gold(first) - gold(second)))
+        gap = gold(first) - gold(second)
+        wins = torch.sigmoid(torch.tensor(3 * gap))
+        if gap == 0 and not keep_ties:
+            continue
         if torch.rand((), generator=chance) >= wins:
             first, second = second, first
         rows.append({"prompt": prompt, "chosen": first, "rejected": second})
@@ -159,7 +165,7 @@ def unlabelled(policy: LanguagePolicy, seed: int) -> list[dict[str, Any]]:
 
 def accuracy(reward: LearnedReward, policy: LanguagePolicy, seed: int, best_of: int) -> float:
     """The share of pairs on test subjects that a reward orders as the gold reward does."""
-    couples = _couples(policy, "test", 20, best_of, seed)
+    couples = _couples(policy, "test", 40 // best_of, best_of, seed)
     ordered = [
         (prompt, *sorted((one, other), key=gold))
         for prompt, one, other in couples
