@@ -10,6 +10,7 @@ strings and by their KL to that reference.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,27 @@ def hidden_score(seed: int) -> Tensor:
 
 def worth(hidden: Tensor, prompt: str, text: str) -> float:
     """The sum of g over neighbours of prompt and text; what is no letter counts nothing."""
+    table = hidden.tolist()
     places = [LETTERS.find(letter) for letter in prompt[-1] + text[:LENGTH]]
-    neighbours = zip(places[:-1], places[1:], strict=True)
-    return float(sum(hidden[a, b] for a, b in neighbours if a >= 0 and b >= 0))
+    neighbours = pairwise(places)
+    return sum(table[a][b] for a, b in neighbours if a >= 0 and b >= 0)
 
 
-def score_by(hidden: Tensor, scale: float = 0.2) -> Callable[..., list[float]]:
-    """A reward function: `scale` times the score of a response."""
+def score_by(hidden: Tensor, scale: float = 0.2, noise: float = 0.0) -> Callable[..., list[float]]:
+    """A reward function: `scale` times the score of a response, plus an error.
+
+    The error is normal with deviation `noise` and always the same for a string, as that of a reward
+    model is.
+    """
+
+    def error(string: str) -> float:
+        if not noise:
+            return 0.0
+        return noise * float(torch.randn((), generator=generator(0, "error", string)))
 
     def score(prompts: list[str], completions: list[str]) -> list[float]:
         pairs = zip(prompts, completions, strict=True)
-        return [scale * worth(hidden, prompt, text) for prompt, text in pairs]
+        return [scale * worth(hidden, a, text) + error(a + text) for a, text in pairs]
 
     return score
 
@@ -89,19 +100,24 @@ def imitate(
     return policy
 
 
-def reference_policy(seed: int) -> LanguagePolicy:
+def made_once(name: str, make: Callable[[], LanguagePolicy], **arguments: Any) -> LanguagePolicy:
+    """The policy that `make` gives, loaded anew; it is kept, as a function of the `arguments`."""
+    key = {**arguments, "versions": [version("postgrad"), version("torch")]}
+
+    def fill(folder: Path) -> None:
+        make().save(folder)
+
+    return load_policy(str(cached_folder(f"symbols-{name}", key, fill)))
+
+
+def reference_policy(seed: int, steps: int = _STEPS) -> LanguagePolicy:
     """The model `tiny` after learning to write strings of a chain; a cached function of `seed`."""
-    key = {
-        "seed": seed,
-        "recipe": [_DEMONSTRATIONS, _STEPS, _BATCH, _RATE],
-        "versions": [version("postgrad"), version("torch")],
-    }
 
-    def make(folder: Path) -> None:
+    def make() -> LanguagePolicy:
         rows = strings(chain(seed), _DEMONSTRATIONS, seed, "reference")
-        imitate(load_policy("tiny", seed=seed), rows, seed).save(folder)
+        return imitate(load_policy("tiny", seed=seed), rows, seed, steps=steps)
 
-    return load_policy(str(cached_folder("symbols", key, make)))
+    return made_once("reference", make, seed=seed, recipe=[_DEMONSTRATIONS, steps, _BATCH, _RATE])
 
 
 def sample(policy: LanguagePolicy, count: int, *stream: Any) -> Rollouts:
@@ -164,14 +180,18 @@ def followed(
     *,
     steps: int,
     every: int = 10,
+    reference: LanguagePolicy | None = None,
+    count: int = 32,
     **settings: Any,
 ) -> Iterator[tuple[int, Measured]]:
     """Train `policy` by a method; its true score and KL before and after every `every` steps.
 
-    The KL is to the reference of `seed`, whatever the method's own reference is.
+    The KL is to `reference`, by default the reference policy of `seed`, whatever the method's own
+    is; both are of `count` strings for every prompt. `objects` are what the method takes from
+    Python besides the model: `data`, `reward` …
     """
-    reference = reference_policy(seed)
-    yield 0, measure(policy, reference, hidden, seed, 0)
+    reference = reference or reference_policy(seed)
+    yield 0, measure(policy, reference, hidden, seed, 0, count=count)
     training = train_in_steps(
         slug,
         seed,
@@ -181,7 +201,7 @@ def followed(
     )
     for step, _ in training:
         if step % every == 0:
-            yield step, measure(policy, reference, hidden, seed, step)
+            yield step, measure(policy, reference, hidden, seed, step, count=count)
 
 
 def outcome(points: list[tuple[int, Measured]], **values: float) -> Outcome:

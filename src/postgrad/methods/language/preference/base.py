@@ -22,6 +22,7 @@ from postgrad.methods.language.comparisons import (
     compared,
     comparison_batch,
     comparison_metrics,
+    encoded_responses,
     known_logprobs,
     last,
 )
@@ -63,16 +64,15 @@ class Comparisons:
         self.examples = examples
         self.prompts = render_prompts(policy, examples, config, reserve=limit)
         self.responses = [
-            [policy.encode_response(text)[:limit] for text in _texts(examples.format, row)]
-            for row in examples.rows
+            encoded_responses(
+                policy,
+                _texts(examples.format, row),
+                limit,
+                "max_response_tokens",
+                examples.where(number),
+            )
+            for number, row in enumerate(examples.rows)
         ]
-        for number, several in enumerate(self.responses):
-            if len(several) > 1 and all(response.equal(several[0]) for response in several):
-                all_of_them = "chosen and rejected" if len(several) == 2 else "all responses"
-                raise PostgradError(
-                    f"{examples.where(number)}: {all_of_them} are the same after tokenisation "
-                    f"(max_response_tokens={limit})"
-                )
         width = max(map(len, self.responses))
         self.scores = torch.full((len(examples), width), torch.nan)
         for number, row in enumerate(examples.rows):

@@ -1,9 +1,9 @@
 """PPO with a value head on language: what the methods of reinforcement learning from human feedback
 are built on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from postgrad.methods.language.rollouts import (
     rollout_batch,
     rollout_rows,
 )
+from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.models.scalar import ScalarModel, load_scalar
+from postgrad.models.text_network import TextNetwork
 from postgrad.objectives.control import clipped_value_loss
 from postgrad.objectives.policy_gradient import (
     aggregate,
@@ -76,7 +78,10 @@ class ActorCriticSettings(RewardedSettings):
     kl_target: float | None = setting(
         None, "KL in nats a response that the coefficient is steered to; if empty it is fixed", gt=0
     )
-    kl_estimate: Literal["k1", "k3"] = setting("k1", "estimate of a token's KL", source="TRL")
+    kl_estimate: Literal["k1", "k3", "full"] = setting(
+        "k1", "of a token: estimates from the sampled one, or the sum over the vocabulary, for "
+        "another forward pass of policy and reference", source="TRL"
+    )  # fmt: skip
     missing_end_penalty: float = setting(
         0.0, "taken off the reward of a response that did not end in time", ge=0
     )
@@ -116,6 +121,7 @@ class ActorCritic(Method):
         advantage="GAE(gamma, lambda) of token rewards and a critic, standardised over the batch",
         gradient="token log-likelihood ratio",
     )
+    data_format: ClassVar[str | tuple[str, ...]] = "prompts"  # or richer ones, which hold prompts
     config: ActorCriticSettings
 
     def __init__(
@@ -128,9 +134,9 @@ class ActorCritic(Method):
     ):
         super().__init__(config, place)
         require_minibatches(config.minibatches, config.batch_size)
-        found = find_materials(config, place, "prompts", given)
+        found = find_materials(config, place, self.data_format, given, held_out_formats="prompts")
         self.policy, self.data, self.order = found.policy, found.data, found.order
-        self.reward = TaskReward(config, self.data, reward)
+        self.reward = self.find_reward(reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         self.policy.freeze_reference()
@@ -140,6 +146,10 @@ class ActorCritic(Method):
             config, config.frontier, found, place, rewards=self.reward.functions
         )
 
+    def find_reward(self, reward: Any) -> TaskReward:
+        """The reward that was passed from Python, or the one that settings or data name."""
+        return TaskReward(self.config, self.data, reward)
+
     def _find_critic(self) -> ScalarModel:
         name = self.config.critic
         if name is None:
@@ -147,12 +157,39 @@ class ActorCritic(Method):
         critic = load_scalar(
             name, device=self.place.device, trust_remote_code=self.config.trust_remote_code
         )
-        if critic.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
+        self._require_readable("critic", name, critic)
+        return critic
+
+    def other_policy(
+        self, key: str, name: str | None, given: LanguagePolicy | None = None
+    ) -> LanguagePolicy:
+        """Another model of the policy's tokens: what the setting `key` names, or was `given`."""
+        if given is None and not name:
+            raise PostgradError(f"{key}: expected a folder or the Hub id of a model, got nothing")
+        if given is None:
+            try:
+                given = load_policy(
+                    str(name),
+                    device=self.place.device,
+                    trust_remote_code=self.config.trust_remote_code,
+                )
+            except PostgradError as problem:
+                raise PostgradError(f"{key}: {problem}") from problem
+        self._require_readable(key, str(name), given)
+        return given
+
+    def _require_readable(self, key: str, name: str, other: TextNetwork) -> None:
+        if other.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise PostgradError(
-                f"critic: {name} has another vocabulary than the model {self.config.model}: it "
+                f"{key}: {name} has another vocabulary than the model {self.config.model}: it "
                 "cannot read the policy's tokens"
             )
-        return critic
+        longest = max(map(len, self.prompts)) + self.config.rollout.max_new_tokens
+        if other.context_length < longest:
+            raise PostgradError(
+                f"{key}: {name} has a context of {other.context_length} tokens, but prompts and "
+                f"responses may have {longest}: shorten them or name another"
+            )
 
     def judge(
         self, rows: list[dict[str, Any]], rollouts: Rollouts
@@ -166,11 +203,18 @@ class ActorCritic(Method):
         The batch has everything but these and what follows from them: `reward` `[N]`,
         `old_logprobs` and `reference_logprobs` `[N, T]` among it.
         """
-        penalty = kl_estimate(
-            batch.old_logprobs, batch.reference_logprobs, batch.mask, self.config.kl_estimate
-        )
         worth = batch.reward - self.config.missing_end_penalty * (~batch.finished).float()
-        return at_last_token(worth, batch.mask) - self.kl_coefficient.value * penalty
+        return at_last_token(worth, batch.mask) - self.kl_penalty(batch)
+
+    def kl_penalty(self, batch: Batch) -> Tensor:
+        """What each token pays for its KL to the reference `[N, T]`; 0 at padding."""
+        kind = self.config.kl_estimate
+        if kind == "full":
+            with timed("scoring"):
+                divergence = over_tokens(batch, self._divergence)
+        else:
+            divergence = kl_estimate(batch.old_logprobs, batch.reference_logprobs, batch.mask, kind)
+        return self.kl_coefficient.value * divergence
 
     def check(self) -> None:
         self.reward.probe()
@@ -182,38 +226,43 @@ class ActorCritic(Method):
         return {"critic": self.config.critic_rate}
 
     def collect(self, step: int) -> Batch:
-        index = self.order.indices(step).tolist()
+        return self.collected(self.order.indices(step).tolist(), step)
+
+    def collected(self, index: list[int], step: int) -> Batch:
+        """The batch of fresh responses to the prompts of the rows `index`."""
+        rollouts, fields = self.responses(index, step)
+        rows, group = self.owners(index)
+        reward, terms = self.judge(rows, rollouts)
+        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms, **fields)
+        return self.with_advantages(self.with_known(batch))
+
+    def owners(self, index: list[int]) -> tuple[list[dict[str, Any]], Tensor]:
+        """The row of data of each of the N responses to rows `index`, and its prompt `[N]`."""
         samples = self.config.rollout.samples
-        rollouts = draw_responses(
+        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        return rows, torch.arange(len(index)).repeat_interleave(samples)
+
+    def responses(self, index: list[int], step: int) -> tuple[Rollouts, dict[str, Any]]:
+        """Responses to the prompts of rows `index`, and more fields of the batch about them."""
+        return draw_responses(
             self.policy,
             [self.prompts[i] for i in index],
             self.config.rollout,
             self.place.seed,
             "rollout",
             step,
-        )
-        rows = [self.data.rows[i] for i in index for _ in range(samples)]
-        reward, terms = self.judge(rows, rollouts)
-        group = torch.arange(len(index)).repeat_interleave(samples)
-        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms)
-        return self.with_advantages(self.with_known(batch))
+        ), {}
 
-    @torch.no_grad()
     def with_known(self, batch: Batch) -> Batch:
         """The batch with what stays fixed while it is learnt from: log-probabilities and values."""
-        parts = []
         with timed("scoring"):
-            for part in batch.split(SCORING_TOKENS):
-                with self.policy.reference():
-                    reference = self._score(part)
-                values = self.critic.values(part.prompts, part.responses)
-                parts.append((self._score(part), reference, values))
-        length = batch.mask.shape[1]
-        old, reference, values = (
-            torch.cat([nn.functional.pad(x.cpu(), (0, length - x.shape[1])) for x in several])
-            for several in zip(*parts, strict=True)
-        )
-        return batch.with_fields(old_logprobs=old, reference_logprobs=reference, old_values=values)
+            with self.policy.reference():
+                reference = over_tokens(batch, self._score)
+            return batch.with_fields(
+                old_logprobs=over_tokens(batch, self._score),
+                reference_logprobs=reference,
+                old_values=over_tokens(batch, self._values),
+            )
 
     def with_advantages(self, batch: Batch) -> Batch:
         """The batch with token rewards, advantages and returns, all `[N, T]`."""
@@ -237,12 +286,19 @@ class ActorCritic(Method):
         every = []
         for part in self.minibatches(batch):
             metrics = optimise(self.loss, part, "policy")
-            value = optimise(self.value_loss, part, "critic")
+            value = self.learn_values(part, optimise)
             metrics |= {"value/loss": value["loss"], "value/gradient_norm": value["gradient_norm"]}
             every.append(metrics)
-        divergence = float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean())
-        self.kl_coefficient.update(divergence)
+        self.kl_coefficient.update(self.divergence(batch))
         return {name: sum(m[name] for m in every) / len(every) for name in every[0]}
+
+    def divergence(self, batch: Batch) -> float:
+        """KL to the reference in nats a response, which the coefficient is steered by."""
+        return float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean())
+
+    def learn_values(self, batch: Batch, optimise: Optimise) -> Metrics:
+        """The critic's step on a minibatch."""
+        return optimise(self.value_loss, batch, "critic")
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The policy's: PPO's clipped surrogate."""
@@ -254,12 +310,12 @@ class ActorCritic(Method):
         per_token = clipped_surrogate(ratio, advantages, clip, clip)
         clipped = clip_fractions(ratio.detach(), advantages, clip, clip, mask)
         metrics = {f"ratio/{name}": value for name, value in clipped.items()}
-        metrics["ratio/mean"] = float(ratio.detach()[mask].mean())
+        metrics["ratio/mean"] = float(ratio.detach()[mask].mean()) if mask.any() else 1.0
         return self._aggregated(per_token, mask, batch), metrics
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The critic's: half the squared error to the returns, clipped on the safe side."""
-        values = self.critic.values(batch.prompts, batch.responses)
+        values = self._values(batch)
         length, clip = values.shape[1], self.config.value_clip
         mask = batch.mask[:, :length].to(values.device)
         returns = batch.returns[:, :length].to(values)
@@ -271,14 +327,27 @@ class ActorCritic(Method):
         return self._aggregated(errors / 2, mask, batch), {}
 
     def _aggregated(self, per_token: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+        if batch.tokens == 0:
+            return 0.0 * per_token.sum()  # there is nothing to learn from
         return aggregate(
             per_token, mask, self.config.aggregation, items=batch.items, tokens=batch.tokens
         )
 
-    def _score(self, batch: Batch) -> Tensor:
-        return self.policy.score(
+    def _score(self, batch: Batch, policy: LanguagePolicy | None = None) -> Tensor:
+        """log pi(y_t|s_t) `[N, T]` at the temperature of the rollouts, of the policy or another."""
+        return (
+            (policy or self.policy)
+            .score(batch.prompts, batch.responses, temperature=self.config.rollout.temperature)
+            .logprobs
+        )
+
+    def _divergence(self, batch: Batch) -> Tensor:
+        return self.policy.divergence(
             batch.prompts, batch.responses, temperature=self.config.rollout.temperature
-        ).logprobs
+        )
+
+    def _values(self, batch: Batch) -> Tensor:
+        return self.critic.values(batch.prompts, batch.responses)
 
     def describe_batch(self, batch: Batch) -> Metrics:
         mask = batch.mask
@@ -287,7 +356,7 @@ class ActorCritic(Method):
         left = (returns - values).var(correction=0)
         return {
             **describe_rollouts(batch),
-            "kl": float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean()),
+            "kl": self.divergence(batch),
             "kl_coefficient": self.kl_coefficient.value,
             "value/mean": float(values.mean()),
             "value/explained": float(1 - left / spread) if spread > 0 else 0.0,
@@ -314,6 +383,17 @@ class ActorCritic(Method):
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder)
+
+
+@torch.no_grad()
+def over_tokens(batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+    """What `compute` gives of the responses in parts of a batch, each `[n, T]`, for all of them.
+
+    Without gradients, on the CPU, and 0 at padding.
+    """
+    parts = [compute(part).cpu() for part in batch.split(SCORING_TOKENS)]
+    length = batch.mask.shape[1]
+    return torch.cat([nn.functional.pad(part, (0, length - part.shape[1])) for part in parts])
 
 
 def at_last_token(worth: Tensor, mask: Tensor) -> Tensor:
