@@ -275,7 +275,7 @@ def one_step(method, step=0):
 def test_a_new_model_starts_at_log_two_and_its_loss_is_bradley_terry():
     method = made()
     batch = method.collect(0)
-    assert float(method.loss(batch)[0]) == pytest.approx(math.log(2), abs=1e-6)
+    assert method.loss(batch)[0].item() == pytest.approx(math.log(2), abs=1e-6)
     stirred(method)
     one, other = (
         method.model.rewards(batch.prompts, [pair[i] for pair in batch.responses]) for i in (0, 1)
@@ -390,11 +390,11 @@ def test_the_contrast_is_added_to_the_whole_batch(kind, of):
     assert len(list(batch.split(1))) == 1  # not cut, whatever the token budget
     value, metrics = method.loss(batch)
     expected = metrics["loss/pairs"] + 0.5 * metrics["loss/contrast"]
-    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
     again, _ = method.loss(batch)
     assert torch.equal(value, again)  # the views follow from the step
     plain = stirred(made())
-    assert metrics["loss/pairs"] == pytest.approx(float(plain.loss(plain.collect(0))[0]), rel=1e-6)
+    assert metrics["loss/pairs"] == pytest.approx(plain.loss(plain.collect(0))[0].item(), rel=1e-6)
     value.backward()
     assert all(p.grad is not None for p in method.modules()["reward_model"].parameters())
 
