@@ -96,6 +96,19 @@ def test_the_worked_example():
         torch.testing.assert_close(returns[0], torch.tensor(returns_expected), atol=1e-4, rtol=0)
 
 
+def test_an_item_that_all_pass_changes_no_advantage_once_the_critic_knows_it():
+    random = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 4, generator=random)
+    mask = torch.arange(4) < torch.tensor([[4], [2], [3]])
+    last = torch.zeros(3, 4).index_put((torch.arange(3), mask.sum(1) - 1), torch.tensor(5.0))
+    how = {"discount": 1.0, "lambda_": 0.95}
+    before, _ = token_advantages(rewards, values, mask, **how)
+    after, _ = token_advantages(rewards + last, values + 5, mask, **how)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    unknown, _ = token_advantages(rewards + last, values, mask, **how)
+    assert float((unknown - before)[mask].abs().min()) > 4
+
+
 def test_the_reward_is_the_sum_of_the_items_scores_or_the_mean_of_their_shares():
     def judge(completions, rubric):
         return [[3, 2, 2] for _ in completions]

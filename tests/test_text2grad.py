@@ -134,7 +134,6 @@ def test_scores_stand_at_their_tokens():
 def test_the_whole_divergence_is_that_of_all_logits():
     found = moved(made(kl_estimate="full", kl_coefficient=0.5, kl_target=None))
     batch = found.collect(0)
-    found.critic.requires_grad_(False)
     i = int(batch.mask.sum(1).argmax())
     ids = torch.cat([batch.prompts[i], batch.responses[i]])[None]
     size = len(batch.prompts[i])
@@ -147,6 +146,8 @@ def test_the_whole_divergence_is_that_of_all_logits():
     penalty = found.kl_penalty(batch)
     torch.testing.assert_close(penalty[i][batch.mask[i]], 0.5 * expected, rtol=1e-3, atol=1e-5)
     assert (penalty[~batch.mask] == 0).all()
+    found.policy.sharing = "plain: as an architecture that cannot share prompts"
+    torch.testing.assert_close(found.kl_penalty(batch), penalty, rtol=1e-3, atol=1e-5)
 
 
 def sparing(completions):
