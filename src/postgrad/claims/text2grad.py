@@ -145,7 +145,7 @@ def agreement(arm: str, policy: LanguagePolicy, seed: int, count: int) -> float:
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     policy = start(seed, *([0.1] if quick else []))
-    agrees = agreement(arm, policy, seed, 16 if quick else 256)
+    agrees = agreement(arm, policy, seed, 16 if quick else 128)
     points = list(followed(arm, policy, seed, steps=4 if quick else STEPS, quick=quick))
     exact = [values["exact"] for _, values in points]
     values = {
