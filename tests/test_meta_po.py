@@ -316,6 +316,8 @@ def test_faults():
         made(interval=2, meta_samples=17)
     with pytest.raises(PostgradError, match="screen: selector=screened needs a function"):
         made(selector="screened")
+    with pytest.raises(PostgradError, match=r"judge_instruction: expected a text with .response"):
+        made(judge=None, judge_model="tiny", judge_instruction="hello")
     with pytest.raises(PostgradError, match="interval"):
         made(interval=0)
     with pytest.raises(PostgradError, match="rubric has the item 3"):
