@@ -8,6 +8,7 @@ import torch
 from language_runs import SMALL, assert_same_run, final_weights, write_rows
 from postgrad.advantages.temporal import token_advantages
 from postgrad.api import resume, train
+from postgrad.claims import meta_po as claim
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -425,3 +426,34 @@ def test_it_learns_and_the_rubric_grows(tmp_path):
     assert rows[-1]["rubric/items"] == 4
     # by letters of the last rubric, so that the versions compare
     assert rows[-1]["reward"] > 4 * rows[0]["reward"] + 1
+
+
+# The claim's world ---------------------------------------------------------------------------
+
+
+def test_the_library_counts_what_it_says():
+    text = "abcdefghabce"
+    found = {name: claim.points(name, "a", text) for name in claim.LIBRARY}
+    assert found == {
+        claim.FIRST: 1, "has twelve letters": 5, "says no letter twice in a row": 5,
+        "uses many letters": 5, "repeats no pair": 4, "ends with another letter": 5,
+        "rises as often as it falls": 1, "is half of early letters": 4,
+    }  # fmt: skip
+    assert claim.gold("a", text) == pytest.approx(30 / 40)
+    assert claim.gold("a", "a" * 12) < 0.5
+    assert claim.judge(["a"], [text], [Item(claim.FIRST), Item(claim.NOTHING)]) == [[1, 5]]
+    assert 0 <= claim.gold("a", "") < 0.2
+
+
+def test_the_claims_meta_judge_adds_what_praised_strings_break():
+    praised = {"prompt": "a", "completion": "a" * 12, "reward": 1.0}
+    blamed = {"prompt": "a", "completion": "bcdefghbdfhc", "reward": 0.0}
+    names = claim.refined([Item(claim.FIRST)], [blamed, praised, blamed])[1:]
+    assert 1 <= len([name for name in names if name != claim.NOTHING]) <= 2
+    broken = {name for name in claim.LIBRARY if claim.points(name, "a", "a" * 12) == 0}
+    assert {name for name in names if name != claim.NOTHING} <= broken
+    once = claim.Once()
+    records = [praised, blamed]
+    grown = [Item(x) for x in once([Item(claim.FIRST)], records)]
+    assert len(grown) > 1
+    assert once(grown, records) == grown

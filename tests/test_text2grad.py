@@ -7,6 +7,7 @@ from language_runs import SMALL, assert_same_run, moved, write_rows
 from postgrad.advantages.group import batch_standardised
 from postgrad.advantages.temporal import token_advantages
 from postgrad.api import resume, train
+from postgrad.claims import text2grad as claim
 from postgrad.batch import Batch
 from postgrad.config import validated
 from postgrad.errors import PostgradError
@@ -300,3 +301,13 @@ def test_faults(tmp_path):
 
     with pytest.raises(PostgradError, match="critique 'wants' needs the column 'answer'"):
         made(wants).check()
+
+
+def test_the_claims_critique_marks_every_letter():
+    (row,) = claim.rows(1, "a test")
+    assert sorted(row["prompt"][:8]) == list(row["completion"])
+    prompts, texts = ["dcbahgfe>"] * 3, ["abcdefgh", "abdcefghi", ""]
+    marks = [[score for *_, score in said] for said in claim.critique(prompts, texts)]
+    assert marks == [[1] * 8, [1, 1, -1, -1, 1, 1, 1, 1, -1], []]
+    assert claim.total(prompts, texts) == [8, 3, 0]
+    assert claim.success(prompts, texts) == [1, 0, 0]
