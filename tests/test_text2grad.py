@@ -7,8 +7,8 @@ from language_runs import SMALL, assert_same_run, moved, write_rows
 from postgrad.advantages.group import batch_standardised
 from postgrad.advantages.temporal import token_advantages
 from postgrad.api import resume, train
-from postgrad.claims import text2grad as claim
 from postgrad.batch import Batch
+from postgrad.claims import text2grad as claim
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import NothingToLearn, Place
