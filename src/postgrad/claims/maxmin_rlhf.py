@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from postgrad.claims.opinions import (
 )
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.language import LanguagePolicy
-from postgrad.objectives.mixture import em_reward_mixture
+from postgrad.objectives.mixture import em_reward_mixture, linear_reward
 from postgrad.seeding import generator
 
 ACTIONS, FEATURES, WORLDS = 20, 5, 20
@@ -104,26 +105,15 @@ class Bandit:
         differences = signs[:, None] * (features[one] - features[two])
         return cls(features, utilities, differences, users, groups)
 
-    def fit(self, mine: Tensor, start: Tensor | None) -> Tensor:
-        """A linear Bradley-Terry reward `[d]` of some pairs, by Newton's method."""
-        rows = self.differences[mine]
-        theta = torch.zeros(FEATURES, dtype=torch.float64) if start is None else start
-        decay = 0.1 * torch.eye(FEATURES, dtype=torch.float64)
-        for _ in range(8):
-            wrong = torch.sigmoid(-(rows @ theta))
-            gradient = rows.T @ wrong - decay @ theta
-            curvature = (rows * (wrong * (1 - wrong))[:, None]).T @ rows + decay
-            theta = theta + torch.linalg.solve(curvature, gradient)
-        return theta
-
     def rewards(self, kind: str, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rewards `[U, 20]` that are learnt, standardised, and the users' groups by them `[H]`."""
+        fit = partial(linear_reward, self.differences, decay=0.1)
         if kind == "known":
-            models = [self.fit((self.groups == group)[self.users], None) for group in range(2)]
+            models = [fit((self.groups == group)[self.users]) for group in range(2)]
             assignment = self.groups
         else:
             found = em_reward_mixture(
-                self.fit,
+                fit,
                 lambda theta: self.differences @ theta,
                 self.users,
                 1 if kind == "one" else 2,
