@@ -35,7 +35,7 @@ from postgrad.seeding import derive, generator
 from postgrad.tasks import Examples
 from postgrad.timing import timed
 
-_DECAY = 3.0  # of the linear rewards that the first groups come from
+_DECAY, _ROUNDS = 3.0, 20  # of the EM with linear rewards that the first groups come from
 
 
 class MixtureSettings(Settings):
@@ -168,7 +168,7 @@ class RewardMixture:
             lambda weights: differences @ weights,
             self._user_of,
             config.groups,
-            rounds=config.rounds,
+            rounds=_ROUNDS,
             restarts=config.restarts,
             generator=generator(self._seed, "mixture"),
         )
