@@ -3,7 +3,7 @@ are built on."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,10 @@ class ActorCriticSettings(RewardedSettings):
     kl_target: float | None = setting(
         None, "KL in nats a response that the coefficient is steered to; if empty it is fixed", gt=0
     )
-    kl_estimate: Literal["k1", "k3"] = setting("k1", "estimate of a token's KL", source="TRL")
+    kl_estimate: Literal["k1", "k3", "full"] = setting(
+        "k1", "of a token: estimates from the sampled one, or the sum over the vocabulary, for "
+        "another forward pass of policy and reference", source="TRL"
+    )  # fmt: skip
     missing_end_penalty: float = setting(
         0.0, "taken off the reward of a response that did not end in time", ge=0
     )
@@ -100,9 +103,9 @@ class ActorCritic(Method):
         L_V = mean max((V - G)^2, (V_old + clip(V - V_old, -eps_V, eps_V) - G)^2) / 2,
         G   = A + V_old
 
-    G takes A as it is before it is standardised. Two networks, two optimisers: nothing is shared,
-    so there is no weight between the two losses but `critic_rate`. A subclass changes what a
-    response is worth (`judge`), or what its tokens are (`token_rewards`).
+    G takes A before it is standardised. Two networks, two optimisers: nothing is shared, so there
+    is no weight between the two losses but `critic_rate`. A subclass changes what a response is
+    worth (`judge`), or what its tokens are (`token_rewards`).
     """
 
     Config = ActorCriticSettings
@@ -118,6 +121,7 @@ class ActorCritic(Method):
         advantage="GAE(gamma, lambda) of token rewards and a critic, standardised over the batch",
         gradient="token log-likelihood ratio",
     )
+    data_format: ClassVar[str | tuple[str, ...]] = "prompts"  # or richer ones, which hold prompts
     config: ActorCriticSettings
 
     def __init__(
@@ -130,9 +134,9 @@ class ActorCritic(Method):
     ):
         super().__init__(config, place)
         require_minibatches(config.minibatches, config.batch_size)
-        found = find_materials(config, place, "prompts", given)
+        found = find_materials(config, place, self.data_format, given, held_out_formats="prompts")
         self.policy, self.data, self.order = found.policy, found.data, found.order
-        self.reward = TaskReward(config, self.data, reward)
+        self.reward = self.find_reward(reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         self.policy.freeze_reference()
@@ -141,6 +145,10 @@ class ActorCritic(Method):
         self.frontier = Frontier.of(
             config, config.frontier, found, place, rewards=self.reward.functions
         )
+
+    def find_reward(self, reward: Any) -> TaskReward:
+        """The reward that was passed from Python, or the one that settings or data name."""
+        return TaskReward(self.config, self.data, reward)
 
     def _find_critic(self) -> ScalarModel:
         name = self.config.critic
@@ -195,11 +203,18 @@ class ActorCritic(Method):
         The batch has everything but these and what follows from them: `reward` `[N]`,
         `old_logprobs` and `reference_logprobs` `[N, T]` among it.
         """
-        penalty = kl_estimate(
-            batch.old_logprobs, batch.reference_logprobs, batch.mask, self.config.kl_estimate
-        )
         worth = batch.reward - self.config.missing_end_penalty * (~batch.finished).float()
-        return at_last_token(worth, batch.mask) - self.kl_coefficient.value * penalty
+        return at_last_token(worth, batch.mask) - self.kl_penalty(batch)
+
+    def kl_penalty(self, batch: Batch) -> Tensor:
+        """What each token pays for its KL to the reference `[N, T]`; 0 at padding."""
+        kind = self.config.kl_estimate
+        if kind == "full":
+            with timed("scoring"):
+                divergence = over_tokens(batch, self._divergence)
+        else:
+            divergence = kl_estimate(batch.old_logprobs, batch.reference_logprobs, batch.mask, kind)
+        return self.kl_coefficient.value * divergence
 
     def check(self) -> None:
         self.reward.probe()
@@ -211,14 +226,21 @@ class ActorCritic(Method):
         return {"critic": self.config.critic_rate}
 
     def collect(self, step: int) -> Batch:
-        index = self.order.indices(step).tolist()
-        samples = self.config.rollout.samples
+        return self.collected(self.order.indices(step).tolist(), step)
+
+    def collected(self, index: list[int], step: int) -> Batch:
+        """The batch of fresh responses to the prompts of the rows `index`."""
         rollouts, fields = self.responses(index, step)
-        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        rows, group = self.owners(index)
         reward, terms = self.judge(rows, rollouts)
-        group = torch.arange(len(index)).repeat_interleave(samples)
         batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms, **fields)
         return self.with_advantages(self.with_known(batch))
+
+    def owners(self, index: list[int]) -> tuple[list[dict[str, Any]], Tensor]:
+        """The row of data of each of the N responses to rows `index`, and its prompt `[N]`."""
+        samples = self.config.rollout.samples
+        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        return rows, torch.arange(len(index)).repeat_interleave(samples)
 
     def responses(self, index: list[int], step: int) -> tuple[Rollouts, dict[str, Any]]:
         """Responses to the prompts of rows `index`, and more fields of the batch about them."""
@@ -317,6 +339,11 @@ class ActorCritic(Method):
             (policy or self.policy)
             .score(batch.prompts, batch.responses, temperature=self.config.rollout.temperature)
             .logprobs
+        )
+
+    def _divergence(self, batch: Batch) -> Tensor:
+        return self.policy.divergence(
+            batch.prompts, batch.responses, temperature=self.config.rollout.temperature
         )
 
     def _values(self, batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 import string
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -84,9 +84,6 @@ class DSPSettings(ActorCriticSettings):
         0.5, "KL in nats a TOKEN that the coefficient is steered to; if empty it is fixed", gt=0,
         source=_SUMMARIES,
     )  # fmt: skip
-    kl_estimate: Literal["k1", "k3"] = setting(
-        "k1", "estimate of a token's KL", source="official code"
-    )
 
 
 class DSP(ActorCritic):
