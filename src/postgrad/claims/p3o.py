@@ -178,17 +178,17 @@ CLAIM = Claim(
     baseline="moving-average baseline",
     arms=ARMS,
     run=run,
-    notes="Numbers are means over 3 bandits a seed. All arms take the same steps of SGD at a rate of "
-    "0.5: of 0.1, 0.2, 0.5, 1, 2 and 4 the best for the moving average under shifts of 10 (seeds "
-    "100 to 102). P3O and RLOO would gain from more, 0.99 at a rate of 4, while the moving average "
-    "falls to 0.4 there; without shifts it is as good as they are at every rate. Any baseline of "
-    "the prompt's own takes the shift out: leave-one-out (RLOO) and a mean of the prompt's last "
+    notes="Numbers are means over 3 bandits a seed. All arms take the same steps of SGD at a rate "
+    "of 0.5: of 0.1, 0.2, 0.5, 1, 2 and 4 the best for the moving average under shifts of 10 ("
+    "seeds 100 to 102). P3O and RLOO would gain from more, 0.99 at a rate of 4, while the moving "
+    "average falls to 0.5 there; without shifts it is as good as they are at every rate. Any "
+    "baseline of the prompt's own takes the shift out: leave-one-out (RLOO) and a mean of its last "
     "rewards do as well as P3O, so what decides is the baseline, not the pairwise form. The values "
     "called shifted opinions are those of a tiny language model that learns from the gold reward + "
     "5 delta(x), delta in [-1, 1] for each of 150 subjects: 24 steps of 32 prompts with two "
-    "responses, 2 epochs, beta 0.05; opinions is the moving average without the shift (for P3O "
-    "the shift changes no bit). Learning rates were tried on seed 100 under the shift: 3e-5 "
-    "and 1e-4 for P3O and the moving average. There, at 1e-4, P3O is ahead after equal "
+    "responses, 2 epochs, beta 0.05; opinions is the moving average without the shift (for P3O, "
+    "as its tests show, the shift changes no bit). Learning rates were tried on seed 100 under "
+    "the shift: 3e-5 and 1e-4 for P3O and the moving average. There, at 1e-4, P3O is ahead after equal "
     "steps (reward 2.17 to 1.43) but spends more KL (2.6 to 1.0 nats); at equal KL the two "
     "are close (1.12 at 0.61 nats, 1.07 at 0.67).",
 )
