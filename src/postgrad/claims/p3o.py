@@ -188,7 +188,7 @@ CLAIM = Claim(
     "5 delta(x), delta in [-1, 1] for each of 150 subjects: 24 steps of 32 prompts with two "
     "responses, 2 epochs, beta 0.05; opinions is the moving average without the shift (for P3O, "
     "as its tests show, the shift changes no bit). Learning rates were tried on seed 100 under "
-    "the shift: 3e-5 and 1e-4 for P3O and the moving average. There, at 1e-4, P3O is ahead after equal "
-    "steps (reward 2.17 to 1.43) but spends more KL (2.6 to 1.0 nats); at equal KL the two "
+    "the shift: 3e-5 and 1e-4 for P3O and the moving average. There, at 1e-4, P3O is ahead after "
+    "equal steps (reward 2.17 to 1.43) but spends more KL (2.6 to 1.0 nats); at equal KL the two "
     "are close (1.12 at 0.61 nats, 1.07 at 0.67).",
 )
