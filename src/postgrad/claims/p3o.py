@@ -18,7 +18,7 @@ from postgrad.seeding import generator
 PROMPTS, ACTIONS, WORLDS, ROUNDS, BATCH, EPOCHS, RATE = 16, 8, 3, 300, 64, 2, 0.5
 BETA, EPS, SCALES = 0.02, 0.2, (0, 3, 10)
 METRIC = "share of the best reward, shifts of 10"
-STEPS, SHIFT, WINDOW = 48, 5.0, 640
+STEPS, SHIFT, WINDOW = 24, 5.0, 640
 
 # what prompts `[B]` and rewards `[B, 2]` are turned into: what the responses are learnt by
 Credit = Callable[[Tensor, Tensor], Tensor]
@@ -31,11 +31,11 @@ ARMS = (
 )
 # on the opinions; learning rates: see the notes
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "P3O": ("p3o", {"learning_rate": 3e-5}),
-    "RLOO": ("rloo", {"learning_rate": 3e-5}),
+    "P3O": ("p3o", {"learning_rate": 1e-4}),
+    "RLOO": ("rloo", {"learning_rate": 1e-4}),
     "moving-average baseline": (
         "rloo",
-        {"baseline": "moving-average", "baseline_window": WINDOW, "learning_rate": 3e-5},
+        {"baseline": "moving-average", "baseline_window": WINDOW, "learning_rate": 1e-4},
     ),
 }
 
@@ -159,7 +159,7 @@ def on_opinions(arm: str, seed: int, quick: bool, shift: float) -> Outcome:
         {"data": [{"prompt": text} for text in subjects()["training"]], "reward": reward},
         seed,
         steps=2 if quick else STEPS,
-        every=2 if quick else 12,
+        every=2 if quick else 6,
         samples=30 if quick else 240,
     )
 
@@ -178,5 +178,17 @@ CLAIM = Claim(
     baseline="moving-average baseline",
     arms=ARMS,
     run=run,
-    notes="",
+    notes="Numbers are means over 3 bandits a seed. All arms take the same steps of SGD at a rate "
+    "of 0.5: of 0.1, 0.2, 0.5, 1, 2 and 4 the best for the moving average under shifts of 10 ("
+    "seeds 100 to 102). P3O and RLOO would gain from more, 0.99 at a rate of 4, while the moving "
+    "average falls to 0.5 there; without shifts it is as good as they are at every rate. Any "
+    "baseline of the prompt's own takes the shift out: leave-one-out (RLOO) and a mean of its last "
+    "rewards do as well as P3O, so what decides is the baseline, not the pairwise form. The values "
+    "called shifted opinions are those of a tiny language model that learns from the gold reward + "
+    "5 delta(x), delta in [-1, 1] for each of 150 subjects: 24 steps of 32 prompts with two "
+    "responses, 2 epochs, beta 0.05; opinions is the moving average without the shift (for P3O, "
+    "as its tests show, the shift changes no bit). Learning rates were tried on seed 100 under "
+    "the shift: 3e-5 and 1e-4 for P3O and the moving average. There, at 1e-4, P3O is ahead after "
+    "equal steps (reward 2.17 to 1.43) but spends more KL (2.6 to 1.0 nats); at equal KL the two "
+    "are close (1.12 at 0.61 nats, 1.07 at 0.67).",
 )
