@@ -220,7 +220,7 @@ CLAIM = Claim(
     run=run,
     notes="Every arm is trained on the same pairs from the same initial weights by Adam at 1e-3 "
     "(3e-4 and 3e-3 were tried on seed 100, which is not reported: neither makes the plain "
-    "reward better), and the epoch counts at which it orders most of 4000 validation pairs as"
+    "reward better), and the one epoch counts that orders most of 4000 validation pairs as"
     " their labels say, which are as noisy as the training labels. So the plain reward is "
     "stopped early; `accuracy on clean pairs at the end` is what memorising the wrong labels "
     "costs it. The mean of the ensemble's own rewards is an arm too: on seed 100 it was as "
