@@ -8,6 +8,7 @@ import torch
 from language_runs import SMALL, assert_same_run, final_weights, write_rows
 from postgrad.advantages.temporal import token_advantages
 from postgrad.api import resume, train
+from postgrad.claims import meta_po as claim
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -94,6 +95,19 @@ def test_the_worked_example():
         advantages, returns = token_advantages(rewards, values, mask, discount=1.0, lambda_=0.95)
         torch.testing.assert_close(advantages[0], torch.tensor(expected), atol=1e-4, rtol=0)
         torch.testing.assert_close(returns[0], torch.tensor(returns_expected), atol=1e-4, rtol=0)
+
+
+def test_an_item_that_all_pass_changes_no_advantage_once_the_critic_knows_it():
+    random = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 4, generator=random)
+    mask = torch.arange(4) < torch.tensor([[4], [2], [3]])
+    last = torch.zeros(3, 4).index_put((torch.arange(3), mask.sum(1) - 1), torch.tensor(5.0))
+    how = {"discount": 1.0, "lambda_": 0.95}
+    before, _ = token_advantages(rewards, values, mask, **how)
+    after, _ = token_advantages(rewards + last, values + 5, mask, **how)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    unknown, _ = token_advantages(rewards + last, values, mask, **how)
+    assert float((unknown - before)[mask].abs().min()) > 4
 
 
 def test_the_reward_is_the_sum_of_the_items_scores_or_the_mean_of_their_shares():
@@ -303,6 +317,8 @@ def test_faults():
         made(interval=2, meta_samples=17)
     with pytest.raises(PostgradError, match="screen: selector=screened needs a function"):
         made(selector="screened")
+    with pytest.raises(PostgradError, match=r"judge_instruction: expected a text with .response"):
+        made(judge=None, judge_model="tiny", judge_instruction="hello")
     with pytest.raises(PostgradError, match="interval"):
         made(interval=0)
     with pytest.raises(PostgradError, match="rubric has the item 3"):
@@ -410,3 +426,34 @@ def test_it_learns_and_the_rubric_grows(tmp_path):
     assert rows[-1]["rubric/items"] == 4
     # by letters of the last rubric, so that the versions compare
     assert rows[-1]["reward"] > 4 * rows[0]["reward"] + 1
+
+
+# The claim's world ---------------------------------------------------------------------------
+
+
+def test_the_library_counts_what_it_says():
+    text = "abcdefghabce"
+    found = {name: claim.points(name, "a", text) for name in claim.LIBRARY}
+    assert found == {
+        claim.FIRST: 1, "has twelve letters": 5, "says no letter twice in a row": 5,
+        "uses many letters": 5, "repeats no pair": 4, "ends with another letter": 5,
+        "rises as often as it falls": 1, "is half of early letters": 4,
+    }  # fmt: skip
+    assert claim.gold("a", text) == pytest.approx(30 / 40)
+    assert claim.gold("a", "a" * 12) < 0.5
+    assert claim.judge(["a"], [text], [Item(claim.FIRST), Item(claim.NOTHING)]) == [[1, 5]]
+    assert 0 <= claim.gold("a", "") < 0.2
+
+
+def test_the_claims_meta_judge_adds_what_praised_strings_break():
+    praised = {"prompt": "a", "completion": "a" * 12, "reward": 1.0}
+    blamed = {"prompt": "a", "completion": "bcdefghbdfhc", "reward": 0.0}
+    names = claim.refined([Item(claim.FIRST)], [blamed, praised, blamed])[1:]
+    assert 1 <= len([name for name in names if name != claim.NOTHING]) <= 2
+    broken = {name for name in claim.LIBRARY if claim.points(name, "a", "a" * 12) == 0}
+    assert {name for name in names if name != claim.NOTHING} <= broken
+    once = claim.Once()
+    records = [praised, blamed]
+    grown = [Item(x) for x in once([Item(claim.FIRST)], records)]
+    assert len(grown) > 1
+    assert once(grown, records) == grown

@@ -5,6 +5,7 @@ import torch
 
 from postgrad.batch import Batch
 from postgrad.claims import online_offline_gap as study
+from postgrad.claims.hundred_arms import Budget
 from postgrad.claims.online_offline_gap import World, online_ipo, online_run, reference, trained
 from postgrad.claims.opinions import gold_preference
 from postgrad.config import validated
@@ -171,8 +172,8 @@ def test_a_curve_is_read_where_it_first_reaches_a_divergence():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_on_the_bandit_small_batches_have_a_gap_where_the_reference_does_not_go(seed):
-    online, _ = study.in_tables(True, seed)
-    offline, _ = study.in_tables(False, seed)
+    online, _ = study.in_tables(True, seed, Budget())
+    offline, _ = study.in_tables(False, seed, Budget())
     gaps = {
         name: online[f"bandit, {name}: reward at 1 nat"]
         - offline[f"bandit, {name}: reward at 1 nat"]

@@ -8,6 +8,7 @@ from postgrad.advantages.group import batch_standardised
 from postgrad.advantages.temporal import token_advantages
 from postgrad.api import resume, train
 from postgrad.batch import Batch
+from postgrad.claims import text2grad as claim
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import NothingToLearn, Place
@@ -134,7 +135,6 @@ def test_scores_stand_at_their_tokens():
 def test_the_whole_divergence_is_that_of_all_logits():
     found = moved(made(kl_estimate="full", kl_coefficient=0.5, kl_target=None))
     batch = found.collect(0)
-    found.critic.requires_grad_(False)
     i = int(batch.mask.sum(1).argmax())
     ids = torch.cat([batch.prompts[i], batch.responses[i]])[None]
     size = len(batch.prompts[i])
@@ -147,6 +147,8 @@ def test_the_whole_divergence_is_that_of_all_logits():
     penalty = found.kl_penalty(batch)
     torch.testing.assert_close(penalty[i][batch.mask[i]], 0.5 * expected, rtol=1e-3, atol=1e-5)
     assert (penalty[~batch.mask] == 0).all()
+    found.policy.sharing = "plain: as an architecture that cannot share prompts"
+    torch.testing.assert_close(found.kl_penalty(batch), penalty, rtol=1e-3, atol=1e-5)
 
 
 def sparing(completions):
@@ -299,3 +301,13 @@ def test_faults(tmp_path):
 
     with pytest.raises(PostgradError, match="critique 'wants' needs the column 'answer'"):
         made(wants).check()
+
+
+def test_the_claims_critique_marks_every_letter():
+    (row,) = claim.rows(1, "a test")
+    assert sorted(row["prompt"][:8]) == list(row["completion"])
+    prompts, texts = ["dcbahgfe>"] * 3, ["abcdefgh", "abdcefghi", ""]
+    marks = [[score for *_, score in said] for said in claim.critique(prompts, texts)]
+    assert marks == [[1] * 8, [1, 1, -1, -1, 1, 1, 1, 1, -1], []]
+    assert claim.total(prompts, texts) == [8, 3, 0]
+    assert claim.success(prompts, texts) == [1, 0, 0]

@@ -1,8 +1,8 @@
 """MaxMin-RLHF's claim: the worst-off group gets more than from one reward model for everybody."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from postgrad.advantages.maxmin import GroupWeights, MaxMinForm, maxmin_reward
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.opinions import (
-    APPROVING,
-    DISAPPROVING,
-    NEUTRAL,
+from postgrad.claims.mixed_po import neighbours
+from postgrad.claims.stepping import train_in_steps
+from postgrad.claims.symbols import (
+    LETTERS,
     TOKENS,
-    gold,
-    log_ratios,
+    hidden_score,
+    prompts,
     reference_policy,
     sample,
-    subjects,
+    score_by,
+    worth,
 )
-from postgrad.claims.stepping import train_in_steps
 from postgrad.models.language import LanguagePolicy
-from postgrad.objectives.mixture import em_reward_mixture
+from postgrad.objectives.mixture import em_reward_mixture, linear_reward
 from postgrad.seeding import generator
 
 ACTIONS, FEATURES, WORLDS = 20, 5, 20
-USERS, PAIRS = 44, 20  # users of a bandit, pairs of a user
+USERS, MINORITY, PAIRS = 44, 4, 20  # users of a bandit, in its minority, pairs of a user
 OPPOSED = -0.6  # correlation of the two groups' utilities
 SHARPNESS = 2.0  # of the labels: P(a over b) = sigma(SHARPNESS (u(a) - u(b)))
 TEMPERATURE = 0.1  # of the policies on the bandit
@@ -37,30 +37,32 @@ METRIC = "worst-off group's utility on bandits"
 # what the policies on the bandit are for: the groups, and the form of the reward
 BANDITS: dict[str, tuple[str, MaxMinForm]] = {
     "MaxMin": ("learnt", "weights"),
+    "MaxMin by the worst group": ("learnt", "group"),
     "one reward model": ("one", "group"),
     "mean of the groups": ("learnt", "weights"),
     "least of each sample": ("learnt", "sample"),
     "groups known": ("known", "weights"),
 }
 # and on a language model
-ROUNDS, EM_STEPS, STEPS = 5, 30, 40
+STRING_USERS, STRING_MINORITY, STRING_PAIRS, LABEL_TEMPERATURE = 20, 4, 75, 0.5
+STEPS, COUNT = 16, 32  # of PPO with 64 rollouts; strings for a prompt, to measure by
 METHODS: dict[str, dict[str, Any]] = {
     "MaxMin": {"maxmin": "weights", "weights_rate": 0.3},
-    "one reward model": {"em": {"groups": 1}},
-    "mean of the groups": {"maxmin": "weights", "weights_rate": 1e-9},
+    "MaxMin by the worst group": {"maxmin": "group"},
+    "one reward model": {},
+    "mean of the groups": {"maxmin": "weights", "weights_rate": 1e-9},  # they stay even
     "least of each sample": {"maxmin": "sample"},
 }
-MINORITY, ANNOTATORS, ANNOTATED = 4, 20, 40  # users in the minority, users, pairs of each
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     exact = on_bandits(arm, seed, 2 if quick else WORLDS)
     if arm not in METHODS:
         return exact
-    found = on_opinions(arm, seed, quick)
+    found = on_strings(arm, seed, quick)
     return Outcome(
-        exact.values | {f"opinions: {name}": value for name, value in found.values.items()},
-        exact.curves | {f"opinions: {name}": curve for name, curve in found.curves.items()},
+        exact.values | {f"strings: {name}": value for name, value in found.values.items()},
+        exact.curves | {f"strings: {name}": curve for name, curve in found.curves.items()},
     )
 
 
@@ -104,26 +106,15 @@ class Bandit:
         differences = signs[:, None] * (features[one] - features[two])
         return cls(features, utilities, differences, users, groups)
 
-    def fit(self, mine: Tensor, start: Tensor | None) -> Tensor:
-        """A linear Bradley-Terry reward `[d]` of some pairs, by Newton's method."""
-        rows = self.differences[mine]
-        theta = torch.zeros(FEATURES, dtype=torch.float64) if start is None else start
-        decay = 0.1 * torch.eye(FEATURES, dtype=torch.float64)
-        for _ in range(8):
-            wrong = torch.sigmoid(-(rows @ theta))
-            gradient = rows.T @ wrong - decay @ theta
-            curvature = (rows * (wrong * (1 - wrong))[:, None]).T @ rows + decay
-            theta = theta + torch.linalg.solve(curvature, gradient)
-        return theta
-
     def rewards(self, kind: str, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rewards `[U, 20]` that are learnt, standardised, and the users' groups by them `[H]`."""
+        fit = partial(linear_reward, self.differences, decay=0.1)
         if kind == "known":
-            models = [self.fit((self.groups == group)[self.users], None) for group in range(2)]
+            models = [fit((self.groups == group)[self.users]) for group in range(2)]
             assignment = self.groups
         else:
             found = em_reward_mixture(
-                self.fit,
+                fit,
                 lambda theta: self.differences @ theta,
                 self.users,
                 1 if kind == "one" else 2,
@@ -153,13 +144,25 @@ def saddle_weights(rewards: Tensor, steps: int = 500) -> Tensor:
     return weights.value
 
 
+def greedy_weights(rewards: Tensor, steps: int = 500) -> Tensor:
+    """The same where a policy moves a hundredth of the way to the worst-off group's optimum."""
+    weights = torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64)
+    for _ in range(steps):
+        worst = (rewards @ policy_for(maxmin_reward(rewards, "weights", weights))).argmin()
+        chosen = torch.nn.functional.one_hot(worst, len(rewards))
+        weights = weights + 0.01 * (chosen - weights)
+    return weights
+
+
 def served(arm: str, minority: int, *stream: Any) -> tuple[float, float, float]:
     """True utilities of majority and minority, and the share of users in their right group."""
     kind, form = BANDITS[arm]
     world = Bandit.draw(minority, *stream)
     rewards, assignment = world.rewards(kind, generator(0, "restarts", *stream))
     weights = None
-    if form == "weights":
+    if arm == "MaxMin by the worst group":
+        form, weights = "weights", greedy_weights(rewards)
+    elif form == "weights":
         even = torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64)
         weights = even if arm == "mean of the groups" else saddle_weights(rewards)
     utilities = world.utilities @ policy_for(maxmin_reward(rewards, form, weights))
@@ -190,95 +193,90 @@ def on_bandits(arm: str, seed: int, worlds: int) -> Outcome:
     return Outcome(values, {"worst-off group's utility over the minority's share": curve})
 
 
-# Opinions ------------------------------------------------------------------------------------
+# Strings -------------------------------------------------------------------------------------
 
 
-def plain(text: str) -> float:
-    """Neutral words minus words that judge: what the minority likes."""
-    words = re.findall("[a-z]+", text)
-    judging = APPROVING + DISAPPROVING
-    return float(sum((w in NEUTRAL) - (w in judging) for w in words))
+def hidden_scores(seed: int) -> list[Tensor]:
+    """What both groups' strings are worth by neighbours, `[8, 8]` each, partly opposed."""
+    first, other = hidden_score(seed), hidden_score(seed + 1000)
+    return [first, OPPOSED * first + (1 - OPPOSED**2) ** 0.5 * other]
 
 
-LIKINGS = (gold, plain)  # of majority and minority
-
-
-def annotated(policy: LanguagePolicy, seed: int) -> list[dict[str, str]]:
-    """Pairs of different opinions with the user who labelled them, by Bradley-Terry.
-
-    The users take turns; which of them are the minority is drawn.
-    """
-    prompts = subjects()["training"]
-    count = -(-2 * ANNOTATORS * ANNOTATED // len(prompts))
-    texts = sample(policy, prompts, count + count % 2, "annotated", seed).texts
-    random = generator(seed, "annotators")
-    minority = set(torch.randperm(ANNOTATORS, generator=random)[:MINORITY].tolist())
-    each = len(texts) // len(prompts)
+def learnt_scores(
+    policy: LanguagePolicy, hidden: list[Tensor], seed: int, groups: int
+) -> tuple[list[Tensor], float]:
+    """Scores of neighbours that are learnt from users' pairs, and users in their right group."""
+    random = generator(seed, "users")
+    truth = torch.zeros(STRING_USERS, dtype=torch.long)
+    truth[torch.randperm(STRING_USERS, generator=random)[:STRING_MINORITY]] = 1
+    drawn = sample(policy, 2 * STRING_USERS * STRING_PAIRS // len(LETTERS), "users", seed)
+    texts, each = drawn.texts, len(drawn.texts) // len(LETTERS)
+    users = torch.randint(STRING_USERS, (len(texts) // 2,), generator=random)
+    chance = torch.rand(len(users), generator=random)
     rows = []
-    for i in range(0, len(texts), 2):
-        user, first, second = (i // 2) % ANNOTATORS, texts[i], texts[i + 1]
-        liking = LIKINGS[user in minority]
-        gap = torch.tensor(liking(first) - liking(second))
-        if float(torch.rand((), generator=random)) >= float(gap.sigmoid()):
-            first, second = second, first
-        if first != second and first.strip() and second.strip():
-            row = {"prompt": prompts[i // each], "chosen": first, "rejected": second}
-            rows.append({**row, "user": str(user)})
-    return rows
+    for pair, user in enumerate(users.tolist()):
+        letter = LETTERS[2 * pair // each]
+        first, second = texts[2 * pair], texts[2 * pair + 1]
+        table = hidden[int(truth[user])]
+        gap = (worth(table, letter, first) - worth(table, letter, second)) / LABEL_TEMPERATURE
+        difference = neighbours(letter, first) - neighbours(letter, second)
+        rows.append(difference if chance[pair] < torch.sigmoid(torch.tensor(gap)) else -difference)
+    differences = torch.stack(rows)
+    _, users = users.unique(return_inverse=True)
+    found = em_reward_mixture(
+        partial(linear_reward, differences, decay=4.0),
+        lambda weights: differences @ weights,
+        users,
+        groups,
+        restarts=5,
+        generator=generator(seed, "restarts"),
+    )
+    right = float((found.assignment == truth).double().mean())
+    return [weights.view(8, 8) for weights in found.models], max(right, 1 - right)
 
 
-def likings(texts: list[str]) -> Tensor:
-    """`[2, N]`: what majority and minority think of texts."""
-    return torch.tensor([[liking(text) for text in texts] for liking in LIKINGS])
-
-
-def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
-    """What both groups think of the policy's opinions, in deviations from the reference's."""
-    policy = reference_policy(seed, *([5] if quick else []))
-    policy.freeze_reference()
-    rounds, em_steps, steps = (1, 2, 2) if quick else (ROUNDS, EM_STEPS, STEPS)
-    test, count = subjects()["test"], 2 if quick else 20
-    before = likings(sample(policy, test, count, "before", seed).texts)
-    deviation, mean = torch.std_mean(before, 1)
+def on_strings(arm: str, seed: int, quick: bool) -> Outcome:
+    """What both groups think of a language model's strings, in deviations from the reference's."""
+    policy, hidden = reference_policy(seed, *([5] if quick else [])), hidden_scores(seed)
     own = METHODS[arm]
-    settings = {
+    tables, right = learnt_scores(policy, hidden, seed, 1 if arm == "one reward model" else 2)
+    rewards = [score_by(table, 1.0) for table in tables]
+    for number, reward in enumerate(rewards, 1):
+        reward.__name__ = f"group-{number}"
+    letters = [letter for letter in LETTERS for _ in range(COUNT)]
+
+    def worths(*stream: Any) -> Tensor:
+        texts = sample(policy, COUNT, "maxmin", seed, *stream).texts
+        pairs = list(zip(letters, texts, strict=True))
+        return torch.tensor([[worth(table, *pair) for pair in pairs] for table in hidden])
+
+    deviation, mean = torch.std_mean(worths(0), 1)
+    curve = [(0.0, 0.0, 0.0)]
+    training = train_in_steps(
+        "maxmin-rlhf",
+        seed,
+        {"model": policy, "data": prompts(), "reward": rewards},
+        steps=4 if quick else STEPS,
+        batch_size=len(LETTERS),
+        rollout={"samples": 8, "max_new_tokens": TOKENS},
+        learning_rate=2e-3,
+        critic_rate=1.0,
         **own,
-        "em": {
-            "rounds": rounds,
-            "steps": em_steps,
-            "batch_size": 32,
-            "rate": 1.0,
-            **own.get("em", {}),
-        },
-        "steps": rounds * em_steps + steps,
-        "batch_size": 64,
-        "rollout": {"samples": 1, "max_new_tokens": TOKENS},
-        "learning_rate": 1e-3,
-        "critic_rate": 1.0,
-        "kl_coefficient": 0.02,
-    }
-    curve = []
-    rows = annotated(policy, seed)
-    training = train_in_steps("maxmin-rlhf", seed, {"model": policy, "data": rows}, **settings)
+    )
     for step, _ in training:
-        done = step - rounds * em_steps
-        if done >= 0 and (done % 10 == 0 or done == steps):
-            drawn = sample(policy, test, count, "test", seed, step)
-            gained = ((likings(drawn.texts).mean(1) - mean) / deviation).tolist()
-            ratio = log_ratios(policy, drawn.prompts, drawn.responses).mean()
-            curve.append((float(done), *gained, float(ratio)))
-    _, majority, minority, divergence = curve[-1]
-    values = {
-        "worst-off group": min(majority, minority),
-        "majority": majority,
-        "minority": minority,
-        "KL": divergence,
-    }
+        if step % 4 == 0:
+            majority, minority = ((worths(step).mean(1) - mean) / deviation).tolist()
+            curve.append((float(step), majority, minority))
+    _, majority, minority = curve[-1]
+    values = {"worst-off group": min(majority, minority)}
+    values |= {"majority": majority, "minority": minority, "users in their group": right}
+    if arm == "one reward model":
+        del values["users in their group"]
     return Outcome(
         values,
         {
-            "majority": [(step, one) for step, one, _, _ in curve],
-            "minority": [(step, one) for step, _, one, _ in curve],
+            "majority": [(step, one) for step, one, _ in curve],
+            "minority": [(step, one) for step, _, one in curve],
         },
     )
 

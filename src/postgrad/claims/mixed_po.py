@@ -23,6 +23,7 @@ from postgrad.claims.symbols import (
     score_by,
     worth,
 )
+from postgrad.objectives.mixture import linear_reward
 
 PAIRS, LABEL_TEMPERATURE = 1500, 1.5  # half for the reward model, half for the policy
 DPO_STEPS, PPO_STEPS, EVERY = 40, 12, 4
@@ -86,7 +87,7 @@ SETTINGS["mixed-po"] = {**SETTINGS["ppo-language"], "dpo_batch_size": 32}
 def reward_table(rows: Rows) -> Tensor:
     """Scores of neighbours `[8, 8]` that make pairs likely: a reward model, linear in counts.
 
-    Bradley-Terry with a normal prior of deviation 1/2, by Newton's method.
+    Bradley-Terry with a normal prior of deviation 1/2.
     """
     differences = torch.stack(
         [
@@ -94,12 +95,7 @@ def reward_table(rows: Rows) -> Tensor:
             for row in rows
         ]
     )
-    prior = 4 * torch.eye(differences.shape[1], dtype=torch.float64)
-    table = torch.zeros(differences.shape[1], dtype=torch.float64)
-    for _ in range(10):
-        wrong = torch.sigmoid(-(differences @ table))
-        curvature = (differences * (wrong * (1 - wrong))[:, None]).T @ differences + prior
-        table = table + torch.linalg.solve(curvature, differences.T @ wrong - prior @ table)
+    table = linear_reward(differences, torch.ones(len(rows), dtype=torch.bool), decay=4.0)
     return table.view(len(LETTERS), len(LETTERS))
 
 

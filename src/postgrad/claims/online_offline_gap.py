@@ -24,7 +24,7 @@ words; AdamW; one size of model (the paper's H5 has several), one beta. Besides 
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,8 +76,8 @@ ARMS = {
     SHUFFLED: (2e-4, 1),
     OFFLINE: (3e-4, 3),
     FINAL: (2e-4, 1),
-    ONLINE_BEST: (3e-4, 1),
-    OFFLINE_BEST: (3e-4, 1),
+    ONLINE_BEST: (1e-4, 1),
+    OFFLINE_BEST: (1e-4, 1),
 }
 
 
@@ -194,7 +194,9 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     curves = {f"{name} over KL": curve for name, curve in by_name.items()}
     curves["KL"] = [(point.step, point.divergence) for point in points]
     if arm in (ONLINE, OFFLINE):
-        found, more = in_tables(arm == ONLINE, seed)
+        found, more = in_tables(
+            arm == ONLINE, seed, Budget(rounds=3, steps=5) if quick else Budget()
+        )
         values, curves = values | found, curves | more
     return Outcome(values, curves)
 
@@ -312,7 +314,7 @@ def proxy_accuracy(world: World) -> float:
 
 
 def in_tables(
-    online: bool, seed: int
+    online: bool, seed: int, budget: Budget
 ) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
     """The same question exactly, on the bandit of a hundred actions.
 
@@ -320,17 +322,17 @@ def in_tables(
     """
     values, curves = {}, {}
     budgets = {
-        "": Budget(online=online),
-        ", offline in one batch": Budget() if online else Budget().offline(),
+        "": replace(budget, online=online),
+        ", offline in one batch": budget if online else budget.offline(),
     }
     for name, peak in PEAKS.items():
-        for form, budget in budgets.items():
+        for form, how in budgets.items():
             points = learn(
                 Table(data_policy(seed)),
                 draw_contexts(1, seed),
                 peaked_reward(peak),
                 pairwise(lambda delta: ipo(delta, 1 / (2 * MARGIN))),
-                budget,
+                how,
                 seed,
                 every=5,
             )
@@ -387,7 +389,7 @@ CLAIM = Claim(
         Finding("H3: so it does at the end.", "accuracy at the end", OFFLINE, ONLINE),
         Finding(
             "H4: Best-of-2, too, wins more often online than offline at the same KL.",
-            "gold win rate at 0.25 nats",
+            "gold win rate at 0.5 nats",
             ONLINE_BEST,
             OFFLINE_BEST,
         ),
@@ -405,5 +407,11 @@ CLAIM = Claim(
             )
         ),
     ),
-    notes="",
+    notes="All arms read their number off the path over KL where it first reaches it; one that "
+    "never does counts with its furthest checkpoint. beta is 0.1, the only one tried; 40 steps "
+    "online, 120 offline. Learning rates on seed 100, which is not reported: online IPO 2e-4 (of "
+    "1e-4 and 2e-4), offline 3e-4 (of 1e-4, 2e-4, 3e-4 and 1e-3, which went to 15 nats), "
+    "Best-of-2 1e-4 (of 1e-4 and 3e-4, which online went to 40 nats); the two ablations have that "
+    "of the online run. On the bandit the gap at the same KL depends on the batches of the offline "
+    "arm: in the online run's small ones it is behind, with all 3000 samples in one it is not.",
 )

@@ -18,7 +18,7 @@ from postgrad.seeding import generator
 PROMPTS, ACTIONS, WORLDS, ROUNDS, BATCH, EPOCHS, RATE = 16, 8, 3, 300, 64, 2, 0.5
 BETA, EPS, SCALES = 0.02, 0.2, (0, 3, 10)
 METRIC = "share of the best reward, shifts of 10"
-STEPS, SHIFT, WINDOW = 60, 5.0, 640
+STEPS, SHIFT, WINDOW = 48, 5.0, 640
 
 # what prompts `[B]` and rewards `[B, 2]` are turned into: what the responses are learnt by
 Credit = Callable[[Tensor, Tensor], Tensor]
@@ -150,6 +150,7 @@ def on_opinions(arm: str, seed: int, quick: bool, shift: float) -> Outcome:
         slug,
         {
             "beta": 0.05,
+            "batch_size": 4 if quick else 32,
             "epochs": EPOCHS,
             "rollout": {"samples": 2, "max_new_tokens": TOKENS},
             **settings,
@@ -157,7 +158,7 @@ def on_opinions(arm: str, seed: int, quick: bool, shift: float) -> Outcome:
         policy,
         {"data": [{"prompt": text} for text in subjects()["training"]], "reward": reward},
         seed,
-        steps=4 if quick else STEPS,
+        steps=2 if quick else STEPS,
         every=2 if quick else 12,
         samples=30 if quick else 240,
     )

@@ -32,8 +32,9 @@ PLACES, ACTIONS, SKILL = 8, 4, 0.9  # the guide is right at each place with this
 SAMPLES, ITERATIONS, RATE = 64, 150, 0.2
 SHARE, SWITCH = 0.8, 0.25  # of responses with a roll-in; of the steps before D2LOLS switches
 
-# strings of letters: a reward of 1 from this hidden score on; how well the guide knows it
-THRESHOLD, INSIGHT, STEPS, LEARNING_RATE = 5.0, 1.2, 60, 3e-4
+# strings of letters: how much the guide leans to good ones; the share of its that earn the reward
+INSIGHT, RARE = 2.0, 0.05
+STEPS, LEARNING_RATE, IMITATION_RATE = 30, 1e-3, 1e-3
 
 ARMS: dict[str, dict[str, Any]] = {
     "PPO++": {"scheme": "ppo++"},
@@ -119,35 +120,43 @@ def _success(logits: Tensor, right: Tensor) -> float:
 
 
 def on_strings(arm: str, seed: int, quick: bool) -> Outcome:
-    """A tiny model that writes strings of twelve letters; few of a random chain's are good ones."""
+    """A tiny model that writes strings of twelve letters; next to none of its are good ones."""
     hidden = hidden_score(seed)
     guide = guide_policy(seed, hidden, *([5] if quick else []))
-    steps = 3 if quick else STEPS
+    least = threshold(guide, hidden, seed)
+    steps, each = (3, 8) if quick else (STEPS, 64)
+
+    def values(policy: LanguagePolicy) -> dict[str, float]:
+        scores = _scores(policy, hidden, each, "measured", seed)
+        reached = sum(score >= least for score in scores)
+        return {"success": reached / len(scores), "score": sum(scores) / len(scores)}
+
     if arm == "guide":
-        return Outcome(_measured(guide, hidden, seed, quick))
+        return Outcome(values(guide))
     policy = reference_policy(seed, *([5] if quick else []))
     if arm == "imitation of the guide":
         rows = _guided(guide, 64 * steps, seed)
-        imitate(policy, rows, seed, steps=steps, learning_rate=LEARNING_RATE)
-        return Outcome(_measured(policy, hidden, seed, quick))
+        imitate(policy, rows, seed, steps=steps, learning_rate=IMITATION_RATE)
+        return Outcome(values(policy))
     settings = {
         "roll_in": SHARE,
-        "switch_step": int(SWITCH * steps),
+        "switch_step": round(SWITCH * steps),
         "guide_top_p": 1.0,
         "supervised_weight": 0.0,
         "learning_rate": LEARNING_RATE,
         "critic_rate": 3.0,
         "schedule": "constant",
-        "batch_size": 64,
+        "batch_size": 8 if quick else 64,
         "minibatches": 2,
         "rollout": ROLLOUT,
         **ARMS[arm],
     }
-    objects = {"model": policy, "guide": guide, "data": prompts(8), "reward": passed(hidden)}
+    reward = passed(hidden, least)
+    objects = {"model": policy, "guide": guide, "data": prompts(8), "reward": reward}
     curve = []
     for step, metrics in train_in_steps("rlgf", seed, objects, steps=steps, **settings):
         curve.append((float(step), metrics["reward"]))
-    return Outcome(_measured(policy, hidden, seed, quick), {"reward of training": curve})
+    return Outcome(values(policy), {"reward of training": curve})
 
 
 def guide_policy(seed: int, hidden: Tensor, steps: int = 150) -> LanguagePolicy:
@@ -162,14 +171,26 @@ def guide_policy(seed: int, hidden: Tensor, steps: int = 150) -> LanguagePolicy:
     return made_once("guide", make, seed=seed, insight=INSIGHT, steps=steps)
 
 
-def passed(hidden: Tensor) -> Callable[..., list[float]]:
-    """A reward function: 1 for strings whose hidden score reaches the threshold, else 0."""
+def threshold(guide: LanguagePolicy, hidden: Tensor, seed: int) -> float:
+    """The hidden score that one in twenty of the guide's strings reach."""
+    scores = _scores(guide, hidden, 64, "threshold", seed)
+    return sorted(scores, reverse=True)[int(RARE * len(scores))]
+
+
+def passed(hidden: Tensor, least: float) -> Callable[..., list[float]]:
+    """A reward function: 1 for strings whose hidden score is at least `least`, else 0."""
 
     def score(prompts: list[str], completions: list[str]) -> list[float]:
         pairs = zip(prompts, completions, strict=True)
-        return [float(worth(hidden, prompt, text) >= THRESHOLD) for prompt, text in pairs]
+        return [float(worth(hidden, prompt, text) >= least) for prompt, text in pairs]
 
     return score
+
+
+def _scores(policy: LanguagePolicy, hidden: Tensor, each: int, *stream: Any) -> list[float]:
+    texts = sample(policy, each, *stream).texts
+    letters = [letter for letter in LETTERS for _ in range(each)]
+    return [worth(hidden, a, text) for a, text in zip(letters, texts, strict=True)]
 
 
 def _guided(guide: LanguagePolicy, count: int, seed: int) -> list[dict[str, str]]:
@@ -178,16 +199,6 @@ def _guided(guide: LanguagePolicy, count: int, seed: int) -> list[dict[str, str]
     letters = [letter for letter in LETTERS for _ in range(each)]
     pairs = zip(letters, texts, strict=True)
     return [{"prompt": a, "completion": text} for a, text in pairs if text]
-
-
-def _measured(policy: LanguagePolicy, hidden: Tensor, seed: int, quick: bool) -> dict[str, float]:
-    """How often fresh strings reach the threshold, and their mean hidden score."""
-    each = 8 if quick else 64
-    texts = sample(policy, each, "measured", seed).texts
-    letters = [letter for letter in LETTERS for _ in range(each)]
-    scores = [worth(hidden, a, text) for a, text in zip(letters, texts, strict=True)]
-    reached = [score >= THRESHOLD for score in scores]
-    return {"success": sum(reached) / len(reached), "score": sum(scores) / len(scores)}
 
 
 CLAIM = Claim(

@@ -20,14 +20,14 @@ from postgrad.sampling.generation import SamplingSettings, generate
 LETTERS = "abcdefghijklmnop"
 LENGTH = 8
 TOKENS = LENGTH + 1  # and the end
-STEPS, EVERY = 50, 10
+STEPS, EVERY = 40, 10
 METRIC = "exact, mean over the run"
 _BATCH, _RATE, _TARGET = 128, 1e-3, 0.6
-# the best of 3e-4, 1e-3 and 3e-3 by METRIC on seed 100
+# the best of 1e-4, 3e-4 and 1e-3 on seed 100
 ARMS: dict[str, tuple[str, float]] = {
-    "Text2Grad": ("text2grad", 1e-3),
-    "PPO on the sum": ("ppo-language", 1e-3),
-    "PPO on success": ("ppo-language", 1e-3),
+    "Text2Grad": ("text2grad", 3e-4),
+    "PPO on the sum": ("ppo-language", 3e-4),
+    "PPO on success": ("ppo-language", 3e-4),
 }
 SETTINGS = {
     "batch_size": 64,
@@ -145,7 +145,7 @@ def agreement(arm: str, policy: LanguagePolicy, seed: int, count: int) -> float:
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     policy = start(seed, *([0.1] if quick else []))
-    agrees = agreement(arm, policy, seed, 16 if quick else 256)
+    agrees = agreement(arm, policy, seed, 16 if quick else 128)
     points = list(followed(arm, policy, seed, steps=4 if quick else STEPS, quick=quick))
     exact = [values["exact"] for _, values in points]
     values = {
@@ -187,8 +187,8 @@ CLAIM = Claim(
     "when its scores stand at their letters than as one sum at the end, and that in fewer than the "
     "reward for complete success.",
     task="put eight of sixteen letters in order; a GPT-2 of two layers that has learnt from "
-    "examples to place half of them; 80 steps of 64 responses; share of 300 held-out prompts whose "
-    "likeliest response is exact, averaged over the run",
+    "examples to place six in ten of them; 40 steps of 64 responses; share of 300 held-out prompts "
+    "whose sampled response is exact, averaged over the run",
     metric=METRIC,
     higher_is_better=True,
     method="Text2Grad",

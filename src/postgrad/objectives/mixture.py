@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from postgrad.objectives.shapes import expect_dimensions
+
 Model = TypeVar("Model")
+_NEWTON, _SMALLEST = 10, 1e-9  # steps: near the end each doubles the number of right digits
 
 
 def user_likelihoods(margins: Tensor, users: Tensor, count: int) -> Tensor:
@@ -129,3 +132,35 @@ def _em(
             mine = (assignment == group)[users]
             if bool(mine.any()):
                 models[group] = fit(mine, model)
+
+
+def linear_reward(
+    differences: Tensor, mine: Tensor, start: Tensor | None = None, decay: float = 1.0
+) -> Tensor:
+    """Weights `[d]` of the Bradley-Terry reward that is linear in features: the M-step of many.
+
+    The minimum of -sum log sigma(weights . x) + decay/2 |weights|^2 over the rows x of
+    `differences` `[N, d]` (the chosen response's features minus the rejected one's) where `mine`
+    `[N]` is true, by Newton's method from `start`.
+    """
+    expect_dimensions(2, differences=differences)
+    if mine.shape != differences.shape[:1] or mine.dtype != torch.bool:
+        raise ValueError(f"mine must be boolean [N], got {mine.dtype} {list(mine.shape)}")
+    if not decay > 0:
+        raise ValueError(f"the decay must be above 0, got {decay}")
+    rows = differences[mine]
+    prior = decay * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    weights = rows.new_zeros(rows.shape[1]) if start is None else start
+
+    def loss(at: Tensor) -> Tensor:
+        return -logsigmoid(rows @ at).sum() + decay / 2 * at.square().sum()
+
+    for _ in range(_NEWTON):
+        wrong = torch.sigmoid(-(rows @ weights))
+        curvature = (rows * (wrong * (1 - wrong))[:, None]).T @ rows + prior
+        step = torch.linalg.solve(curvature, rows.T @ wrong - prior @ weights)
+        # from far away, where little curves, a full step may lead uphill
+        while loss(weights + step) > loss(weights) and float(step.norm()) > _SMALLEST:
+            step = step / 2
+        weights = weights + step
+    return weights

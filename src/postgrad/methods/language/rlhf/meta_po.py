@@ -49,9 +49,10 @@ class MetaPOSettings(ActorCriticSettings):
     judge_model: ChatSettings | None = setting(
         None, "language model that judges, in place of a function"
     )
-    judge_instruction: str = setting(
-        JUDGE, "what it is asked, with {criterion}, {points}, {prompt} and {response} in it"
-    )
+    judge_instruction: str | None = setting(
+        None, "what it is asked, with {criterion}, {points}, {prompt} and {response} in it; if "
+        "empty, for a reason and a score",
+    )  # fmt: skip
     refine: RewardSpec | None = setting(
         None, "what rewrites the rubric, the meta judge: module:function or file.py:function"
     )
@@ -208,9 +209,10 @@ def _evolving(
         require_one(judge=config.judge, judge_model=config.judge_model)
         judge = config.judge
         if config.judge_model is not None:
-            judge = RubricJudge(
-                load_chat(config.judge_model, place.device), config.judge_instruction
-            )
+            instruction = JUDGE if config.judge_instruction is None else config.judge_instruction
+            if "{response}" not in instruction:
+                raise PostgradError("judge_instruction: expected a text with {response} in it")
+            judge = RubricJudge(load_chat(config.judge_model, place.device), instruction)
     screen = screen if screen is not None else config.screen
     if refine is None:
         require_one(refine=config.refine, meta_model=config.meta_model)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,16 +19,23 @@ from postgrad.methods.language.comparisons import (
     encoded_responses,
     pair_rows,
 )
+from postgrad.models.language import LanguagePolicy
 from postgrad.models.scalar import ScalarModel
-from postgrad.models.text_network import TextNetwork
-from postgrad.objectives.mixture import assign_users, user_likelihoods
+from postgrad.objectives.mixture import (
+    assign_users,
+    em_reward_mixture,
+    linear_reward,
+    user_likelihoods,
+)
 from postgrad.objectives.pairwise import logistic
 from postgrad.rewards.functions import RewardSet, Term
 from postgrad.rewards.learned import LearnedReward
 from postgrad.sampling.epochs import Epochs
-from postgrad.seeding import derive
+from postgrad.seeding import derive, generator
 from postgrad.tasks import Examples
 from postgrad.timing import timed
+
+_DECAY, _ROUNDS = 3.0, 20  # of the EM with linear rewards that the first groups come from
 
 
 class MixtureSettings(Settings):
@@ -39,6 +46,11 @@ class MixtureSettings(Settings):
         10, "rounds of EM: optimiser steps, then users are assigned anew", gt=0,
         source="official code",
     )  # fmt: skip
+    start: Literal["states", "turns"] = setting(
+        "states", "first groups: by EM with linear rewards of the policy's mean hidden states, "
+        "which cannot memorise pairs (ours); or users in turn (official code)"
+    )  # fmt: skip
+    restarts: int = setting(10, "runs of that EM, of which the likeliest counts", gt=0)
     steps: int = setting(20, "optimiser steps of each reward model a round", gt=0)
     batch_size: int = setting(16, "pairs a step and reward model", gt=0)
     rate: float = setting(
@@ -50,20 +62,23 @@ class MixtureSettings(Settings):
 class RewardMixture:
     """Reward models of groups, learnt by hard EM over users (MaxMin-RLHF, arXiv:2402.08925).
 
-    Users are assigned to groups in turn at first. In every round each group's model learns from
-    the pairs of its users, going on from where it was; then each user goes to the group under
-    whose model all of their pairs together are likeliest:
+    In every round each group's model learns from the pairs of its users, going on from where it
+    was; then each user goes to the group under whose model all of their pairs together are
+    likeliest:
 
         z_h = argmax_u sum_{pairs of h} log sigma(r_u(x, y_w) - r_u(x, y_l))
         L_u = mean of -log sigma(r_u(x, y_w) - r_u(x, y_l)) over pairs of the users with z_h = u
 
-    It is trained by the run's own steps, the first `total` of them. A model that loses all its
-    users stays as it is and is left out of what the groups are worth.
+    A large model soon knows the pairs that it has learnt from by heart, and then keeps its users
+    whoever they are. So the first groups come from the same EM with rewards that are linear in the
+    mean hidden state of a response under the initial policy, with restarts (`start=turns`: users
+    in turn). The models are trained by the run's own steps, the first `total` of them. A model
+    that loses all its users stays as it is and is left out of what the groups are worth.
     """
 
     def __init__(
         self,
-        body: TextNetwork,
+        body: LanguagePolicy,
         data: Examples,
         prompts: list[Tensor],
         config: MixtureSettings,
@@ -91,6 +106,7 @@ class RewardMixture:
                 f"em.groups: {data.name} has pairs of {len(self.users)} users, who cannot form "
                 f"{config.groups} groups"
             )
+        self._body = body  # at the start, which learns nothing while groups are looked for
         self.assignment = torch.arange(len(self.users)) % config.groups
         self.likelihood: float | None = None  # a user's, on average, at the last assignment
         self.models = {
@@ -118,6 +134,8 @@ class RewardMixture:
 
     def collect(self, step: int) -> Batch:
         """Pairs for each group's model."""
+        if step == 0 and self.config.start == "states" and self.config.groups > 1:
+            self._start_from_states()
         round_, position = divmod(step, self.config.steps)
         chosen = []
         for group in self.inhabited:
@@ -134,6 +152,27 @@ class RewardMixture:
             index=index,
             reward_group=self.assignment[self._user_of[index]],
         )
+
+    @torch.no_grad()
+    def _start_from_states(self) -> None:
+        """The first groups, by EM on frozen features."""
+        config = self.config
+        everything = self._batch(torch.arange(len(self._prompts)))
+        with timed("scoring"):
+            parts = [_mean_states(self._body, p) for p in everything.split(SCORING_TOKENS)]
+        states = torch.cat(parts)
+        differences = states[:, 0] - states[:, 1]
+        differences = differences / differences.std()
+        found = em_reward_mixture(
+            partial(linear_reward, differences, decay=_DECAY),
+            lambda weights: differences @ weights,
+            self._user_of,
+            config.groups,
+            rounds=_ROUNDS,
+            restarts=config.restarts,
+            generator=generator(self._seed, "mixture"),
+        )
+        self.assignment = found.assignment
 
     @torch.no_grad()
     def _assign(self) -> None:
@@ -216,6 +255,14 @@ def _users(data: Examples) -> tuple[list[str], Tensor]:
             )
         found.append(numbers.setdefault(str(user), len(numbers)))
     return list(numbers), torch.tensor(found)
+
+
+def _mean_states(policy: LanguagePolicy, batch: Batch) -> Tensor:
+    """The mean last hidden state of every response of pairs, `[B, 2, d]`, float64 on the CPU."""
+    prompts = [prompt for prompt in batch.prompts for _ in range(2)]
+    responses = [one for pair in batch.responses for one in pair]
+    states = policy.embed(prompts, responses, skip=[len(prompt) for prompt in prompts])
+    return states.double().cpu().view(len(batch), 2, -1)
 
 
 def _margins(model: ScalarModel, batch: Batch) -> Tensor:

@@ -41,9 +41,10 @@ class Text2GradSettings(ActorCriticSettings):
     annotator: ChatSettings | None = setting(
         None, "language model that writes the critiques, in place of a function"
     )
-    instruction: str = setting(
-        INSTRUCTION, "what the annotator is asked, with {prompt} and {response} in it"
-    )
+    instruction: str | None = setting(
+        None, "what the annotator is asked, with {prompt} and {response} in it; if empty, for two "
+        "good and two poor spans at most",
+    )  # fmt: skip
     annotator_tokens: int = setting(512, "longest critique of the annotator", gt=0)
     reward: list[RewardSpec] | RewardSpec | None = setting(
         None, "what evaluations report, not learnt from; if empty, good spans less poor ones"
@@ -167,6 +168,8 @@ class Text2Grad(ActorCritic):
             skipped=torch.tensor([skipped for _, skipped in aligned]),
             failed=torch.full((len(judged),), 1 - len(kept) / len(judged)),
         ).select(torch.tensor(kept))
+        if int(batch.mask.sum()) < 2:
+            raise NothingToLearn("one token is left, which has nothing to be compared with")
         self._require_found(batch)
         return self.with_advantages(self.with_known(batch))
 
@@ -184,8 +187,6 @@ class Text2Grad(ActorCritic):
                 f"critique: {share:.0%} of the spans are not in the responses that they are said "
                 f"to be from, more than most_skipped={self.config.most_skipped:g}"
             )
-        if int(batch.mask.sum()) < 2:
-            raise NothingToLearn("one token is left, which has nothing to be compared with")
 
     def token_rewards(self, batch: Batch) -> Tensor:
         unfinished = (~batch.finished).float()
@@ -215,10 +216,11 @@ def _named(config: Text2GradSettings, place: Place) -> Any:
     require_one(critique=config.critique, annotator=config.annotator)
     if config.annotator is None:
         return config.critique
-    if "{response}" not in config.instruction:
+    instruction = INSTRUCTION if config.instruction is None else config.instruction
+    if "{response}" not in instruction:
         raise PostgradError("instruction: expected a text with {response} in it")
     chat = load_chat(config.annotator, place.device)
-    return Annotator(chat, config.instruction, config.annotator_tokens)
+    return Annotator(chat, instruction, config.annotator_tokens)
 
 
 def _skipped_share(batch: Batch) -> float:
