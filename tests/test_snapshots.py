@@ -67,3 +67,18 @@ def test_soups_add_and_extrapolate():
         soup([one, {"v": torch.zeros(2)}], [1, 1])
     with pytest.raises(ValueError, match="as many shares"):
         soup([one, other], [1.0])
+
+
+def test_a_policy_acts_as_it_was_under_autocast_too():
+    """Autocast remembers what it rounded: not for other weights of the same parameter."""
+    policy = load_policy("tiny")
+    snapshot = Snapshot(policy)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = scores(policy)
+    moved(policy)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        now = scores(policy)
+        with snapshot.acting():
+            assert torch.equal(scores(policy), before)
+        assert torch.equal(scores(policy), now)
+    assert not torch.equal(now, before)

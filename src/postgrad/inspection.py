@@ -13,11 +13,13 @@ from postgrad.catalogue import method_class
 from postgrad.config import LoopSettings, resolve
 from postgrad.errors import PostgradError
 from postgrad.evaluation.control import evaluate_saved_policy
-from postgrad.evaluation.language import evaluate_policy
+from postgrad.evaluation.language import evaluate_policy, evaluate_reward
 from postgrad.methods.base import Method, Place
 from postgrad.methods.representation.text import TextEncoder
 from postgrad.models.control import is_policy
 from postgrad.models.language import LanguagePolicy, load_policy
+from postgrad.models.scalar import is_reward_model
+from postgrad.rewards.learned import learned_reward
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.seeding import seed_everything
 from postgrad.tasks import Examples, load
@@ -56,7 +58,8 @@ def evaluate(run_or_model: str, task: str | None, limit: int) -> dict[str, float
     """Metrics of a run on its own held-out data, or of any model on a task.
 
     What is measured follows from the task: mean reward of greedy answers where it has a verifier,
-    retrieval for triples, the share of chosen responses that are likelier for preference pairs,
+    retrieval for triples, the share of chosen responses that are likelier (or, of a reward model,
+    worth more) for preference pairs,
     next-token loss for demonstrations and plain text. A control policy's task is the id of an
     environment, by default the one it learned in.
     """
@@ -70,7 +73,11 @@ def evaluate(run_or_model: str, task: str | None, limit: int) -> dict[str, float
         return _own_evaluation(folder)
     split = "test" if Examples.has_test_split(task) else "train"
     examples = load(task, split=split)
-    return evaluate_policy(_policy(run_or_model), examples.first(limit))
+    examples = examples.first(limit)
+    model = str(folder / "model" if is_run(folder) else folder)
+    if is_reward_model(model):
+        return evaluate_reward(learned_reward(model), examples)
+    return evaluate_policy(_policy(run_or_model), examples)
 
 
 def _own_evaluation(folder: Path) -> dict[str, float]:

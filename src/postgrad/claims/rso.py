@@ -61,6 +61,11 @@ class Ranker:
         values: list[float] = torch.sigmoid(gaps).tolist()
         return values
 
+    def scores(self, completions: list[str]) -> list[float]:
+        """The reward behind the probabilities."""
+        values: list[float] = (self._counts(completions) @ self._weights.detach()).tolist()
+        return values
+
     def accuracy(self, texts: list[str]) -> float:
         """How often it orders neighbours as the gold reward does, where that differs."""
         first, second = texts[::2], texts[1::2]

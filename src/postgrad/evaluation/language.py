@@ -6,8 +6,11 @@ from postgrad.errors import PostgradError
 from postgrad.evaluation.retrieval import retrieval_metrics
 from postgrad.models.language import LanguagePolicy
 from postgrad.rewards import load_rewards
+from postgrad.rewards.learned import LearnedReward
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.tasks import Examples
+
+SIDES = ("chosen", "rejected")
 
 
 @torch.no_grad()
@@ -34,6 +37,16 @@ def evaluate_policy(
     raise PostgradError(
         f"{examples.name} has format {examples.format!r} and no verifier: nothing to measure"
     )
+
+
+def evaluate_reward(reward: LearnedReward, examples: Examples) -> dict[str, float]:
+    """How often, and by how much, a learnt reward prefers the chosen response of pairs."""
+    pairs = examples.require("preferences").rows
+    prompts = [row["prompt"] for row in pairs]
+    chosen, rejected = (reward(prompts, [row[side] for row in pairs]) for side in SIDES)
+    gaps = [one - other for one, other in zip(chosen, rejected, strict=True)]
+    right = [0.5 * (1 + (gap > 0) - (gap < 0)) for gap in gaps]
+    return {"accuracy": sum(right) / len(right), "margin": sum(gaps) / len(gaps)}
 
 
 def next_token_loss(policy: LanguagePolicy, examples: Examples, max_tokens: int = 512) -> float:
@@ -72,7 +85,7 @@ def _preference_accuracy(policy: LanguagePolicy, examples: Examples) -> dict[str
     right_sum = right_mean = 0
     for row in examples.rows:
         prompt = _prompt(policy, examples, row)
-        responses = [policy.encode_response(row[side]) for side in ("chosen", "rejected")]
+        responses = [policy.encode_response(row[side]) for side in SIDES]
         scores = policy.score([prompt, prompt], responses)
         sums = scores.logprobs.sum(1)
         means = sums / scores.mask.sum(1)

@@ -48,8 +48,13 @@ class Optimise(Protocol):
         """
         ...
 
-    def looking_ahead(self, module: str | None = None) -> AbstractContextManager[None]:
-        """Inside, steps are on trial: at the end weights and optimiser state are as before."""
+    def looking_ahead(
+        self, module: str | None = None, *, share: float | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, steps are on trial: at the end weights and optimiser state are as before.
+
+        Their learning rate is that of the present step, or this `share` of the run's peak.
+        """
         ...
 
     def autocast(self) -> AbstractContextManager[object]:

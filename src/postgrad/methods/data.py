@@ -1,13 +1,18 @@
 """The data that a method learns from and is tested on: their settings, and how they are found."""
 
+import random
 from dataclasses import replace
 from typing import Any, Protocol
 
 from pydantic import model_validator
 
 from postgrad.config import Settings, setting
+from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
+from postgrad.seeding import derive
 from postgrad.tasks import Examples, load
+
+_READ_PAIRS = {"preferences", "rankings", "labelled"}
 
 
 class DataSettings(Settings):
@@ -22,6 +27,10 @@ class DataSettings(Settings):
     chat: bool | None = setting(
         None, "wrap plain prompts as a user's turn; empty: embedded tasks yes, own data no"
     )
+    flip_rate: float = setting(
+        0.0, "noise: the probability with which chosen and rejected of a pair change places", ge=0,
+        lt=0.5,
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +66,10 @@ def find_data(
             settings=config.settings,
             seed=place.seed,
         )
-    found = rows.require(*((formats,) if isinstance(formats, str) else formats))
+    formats = (formats,) if isinstance(formats, str) else formats
+    if config.flip_rate:
+        rows = _flipped(rows, formats, config.flip_rate, place.seed)
+    found = rows.require(*formats)
     found = found.first(config.limit)
     return found if config.chat is None else replace(found, chat=config.chat)
 
@@ -76,4 +88,31 @@ def find_held_out(
         return find_data(config.eval_data, place, formats)
     if rows is not None or not Examples.has_test_split(config.data.name):
         return None
-    return find_data(config.data.model_copy(update={"split": "test"}), place, formats)
+    unspoilt = config.data.model_copy(update={"split": "test", "flip_rate": 0.0})
+    return find_data(unspoilt, place, formats)
+
+
+def _flipped(examples: Examples, formats: tuple[str, ...], rate: float, seed: int) -> Examples:
+    """The pairs of `examples`, each turned round with probability `rate`; `flipped` says which.
+
+    Other columns stay: where the chosen response had the higher score, what takes its place has it.
+    """
+    if not set(formats) & _READ_PAIRS:
+        raise PostgradError(
+            "data.flip_rate: only labels of pairs can be flipped, and this method reads "
+            f"{formats[0]}"
+        )
+    if examples.format != "preferences":
+        if "preferences" not in examples.views:
+            raise PostgradError(
+                f"data.flip_rate: only pairs (chosen, rejected) can be flipped, and "
+                f"{examples.name} holds {examples.format}"
+            )
+        examples = examples.views["preferences"]()
+    rows = []
+    for number, row in enumerate(examples.rows):
+        flipped = random.Random(derive(seed, "flip", number)).random() < rate
+        if flipped:
+            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        rows.append({**row, "flipped": flipped})
+    return replace(examples, rows=rows, views={})

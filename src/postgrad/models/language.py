@@ -11,6 +11,7 @@ from postgrad.errors import MissingExtra, PostgradError, unknown
 from postgrad.models.adapters import LoraSettings, named_layers
 from postgrad.models.embedded import EMBEDDED, smollm2_source, tiny_network, tiny_tokenizer
 from postgrad.models.policy import LanguagePolicy
+from postgrad.models.scalar import is_reward_model
 
 __all__ = ["LanguagePolicy", "LoraSettings", "load_policy"]
 
@@ -78,6 +79,11 @@ def _checked(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise PostgradError(
                 f"folder {name!r} has no config.json: expected a model in Hugging Face format"
+            )
+        if is_reward_model(str(folder)):
+            raise PostgradError(
+                f"folder {name!r} holds a reward model, not a language model: it is named by "
+                "reward=…"
             )
         return str(folder)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:

@@ -140,6 +140,15 @@ class LanguagePolicy(TextNetwork):
             frozen.load_state_dict(weights, strict=False)
         self._frozen = (frozen,)
 
+    @property
+    def reference_weights(self) -> dict[str, Tensor]:
+        """The reference's weights by name, for `freeze_reference`; none where nothing is kept."""
+        return {
+            name: parameter.detach()
+            for frozen in self._frozen
+            for name, parameter in frozen.named_parameters()
+        }
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the policy scores, embeds and samples as the reference policy, without gradients.

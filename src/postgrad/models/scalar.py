@@ -13,6 +13,8 @@ from postgrad.models.network import base_of, pad_right
 from postgrad.models.scoring import final_states, plain_states, predicting_states, spread
 from postgrad.models.text_network import TextNetwork
 
+_SCALAR = "ForSequenceClassification"
+
 
 class ScalarModel(TextNetwork):
     """A causal transformer whose head gives one number for the text up to a token.
@@ -49,6 +51,19 @@ class ScalarModel(TextNetwork):
         return cls(network, other.tokenizer)
 
     @property
+    def prompts_as_turns(self) -> bool | None:
+        """Whether plain prompts were a user's turn in training; None if it was trained elsewhere.
+
+        Kept in the model's configuration, so that whoever loads it renders prompts in the same way.
+        """
+        found: bool | None = getattr(base_of(self.network).config, "prompts_as_turns", None)
+        return found
+
+    @prompts_as_turns.setter
+    def prompts_as_turns(self, value: bool) -> None:
+        base_of(self.network).config.prompts_as_turns = value
+
+    @property
     def head(self) -> nn.Module:
         """The linear map `[d] -> [1]`."""
         head: nn.Module = base_of(self.network).score
@@ -62,7 +77,7 @@ class ScalarModel(TextNetwork):
         Raises:
             PostgradError: prompt and response together exceed the model's context.
         """
-        return self._read(self.features(prompts, responses))
+        return self.read(self.features(prompts, responses))
 
     def features(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
         """The last token's hidden states `[N, d]`, which the head reads."""
@@ -84,9 +99,10 @@ class ScalarModel(TextNetwork):
             several = plain_states(self.network, prompts, responses)
             states = torch.cat([states[:-1] for states in several])
         _, mask = pad_right(list(responses))
-        return spread(self._read(states), mask)
+        return spread(self.read(states), mask)
 
-    def _read(self, states: Tensor) -> Tensor:
+    def read(self, states: Tensor) -> Tensor:
+        """The head's numbers `[...]` of hidden states `[..., d]`."""
         # in float32, also where autocast would round: rewards differ in the third digit
         with torch.autocast(states.device.type, enabled=False):
             numbers: Tensor = self.head(states.to(next(self.head.parameters()).dtype))
@@ -96,6 +112,20 @@ class ScalarModel(TextNetwork):
         """Write a folder that `AutoModelForSequenceClassification.from_pretrained` loads."""
         _merged(self).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def is_reward_model(name: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a folder, or a Hub id, names a reward model and not a language model."""
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file() and name.count("/") != 1:
+        return False  # an embedded model, or nothing
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return False  # who loads it as a language model says what is wrong
+    return (config.architectures or [""])[0].endswith(_SCALAR)
 
 
 def load_scalar(
@@ -115,7 +145,7 @@ def load_scalar(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         kinds = config.architectures or ["a model of no kind"]
-        if not kinds[0].endswith("ForSequenceClassification"):
+        if not kinds[0].endswith(_SCALAR):
             raise PostgradError(
                 f"{name} holds {kinds[0]}: expected a reward model "
                 "(…ForSequenceClassification), as `postgrad train reward-modeling` saves it"

@@ -25,16 +25,19 @@ class Snapshot:
     @contextmanager
     def acting(self) -> Iterator[None]:
         """Inside, the module computes with these weights, without gradients."""
-        parameters = list(_trainable(self._module))
-        own = [parameter.data for _, parameter in parameters]
-        for name, parameter in parameters:
-            parameter.data = self.weights[name]
+        own = {name: parameter.data for name, parameter in _trainable(self._module)}
+        self._point(self.weights)
         try:
             with torch.no_grad():
                 yield
         finally:
-            for (_, parameter), data in zip(parameters, own, strict=True):
-                parameter.data = data
+            self._point(own)
+
+    def _point(self, weights: Weights) -> None:
+        """Let the module's parameters be these tensors."""
+        for name, parameter in _trainable(self._module):
+            parameter.data = weights[name]
+        torch.clear_autocast_cache()  # it keeps what it rounded by parameter, not by value
 
     @torch.no_grad()
     def restore(self) -> None:

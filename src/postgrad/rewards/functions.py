@@ -10,6 +10,7 @@ ones it wants; methods add `completion_ids` (token ids of each completion). It r
 number per completion.
 """
 
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -27,11 +28,12 @@ from postgrad.rewards.running import attempt, attempt_within
 from postgrad.rewards.verifiers import VERIFIERS
 
 RewardFunction = Callable[..., Any]
-# A name, `module:function` or `file.py:function`, each also with `*weight`; or a mapping with
-# `name`, perhaps `weight`, and settings of that function.
+# A name, `module:function`, `file.py:function` or the folder of a reward model, each also with
+# `*weight`; or a mapping with `name`, perhaps `weight`, and settings of that function.
 RewardSpec = str | dict[str, Any]
 
 _WEIGHTED = re.compile(r"(.+?)\s*\*\s*([-+\w.]+)")
+_LEARNED = "reward-model"
 
 
 @dataclass(frozen=True)
@@ -183,13 +185,15 @@ def load_rewards(
 
     Args:
         specs: one or several of: a verifier of the library (`numeric`), `module:function`,
-            `path/to/file.py:function`, each also as `name*0.5`; a mapping
-            `{"name": …, "weight": …, **settings}`, whose settings go to the verifier's maker or
-            with every call to the function; or, in Python, a function.
+            `path/to/file.py:function`, the folder of a reward model, each also as `name*0.5`; a
+            mapping `{"name": …, "weight": …, **settings}`, whose settings go to the verifier's
+            maker or with every call to the function (`reward-model` has the setting `model`, a
+            folder or a Hub id); or, in Python, a function.
         time_limit: seconds that one call of one function may take.
 
     Raises:
-        PostgradError: unknown name, file, module, function or setting; code that fails on import.
+        PostgradError: unknown name, file, module, function or setting; code that fails on import;
+            a reward model that cannot be loaded.
     """
     several = [specs] if isinstance(specs, str | Mapping) or callable(specs) else list(specs)
     if not several:
@@ -225,7 +229,10 @@ def _term(spec: RewardSpec | RewardFunction, kind: str = "reward") -> Term:
         settings = {key: value for key, value in spec.items() if key not in ("name", "weight")}
     else:
         raise PostgradError(f"{kind}: expected a name or a mapping with a name, got {spec!r}")
-    return Term(name, _function(name, settings, kind), _weight(f"{kind} {name!r}", weight), kind)
+    function = _function(name, settings, kind)
+    if name == _LEARNED:
+        name = str(settings["model"])  # there may be several
+    return Term(name, function, _weight(f"{kind} {name!r}", weight), kind)
 
 
 def _weight(what: str, given: Any) -> float:
@@ -240,17 +247,15 @@ def _weight(what: str, given: Any) -> float:
 
 def _function(name: str, settings: dict[str, Any], kind: str) -> RewardFunction:
     what = f"{kind} {name!r}"
-    library = VERIFIERS if kind == "reward" else {}
-    if name in library:
-        maker = library[name]
-        parameters = inspect.signature(maker).parameters
-        _check_settings(what, settings, parameters)
-        for setting, parameter in parameters.items():
-            if parameter.default is inspect.Parameter.empty and setting not in settings:
-                raise PostgradError(f"{what} needs the setting {setting!r}")
-        return maker(**settings)
+    if kind == "reward":
+        made = _of_the_library(name, settings, what)
+        if made is not None:
+            return made
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
+        if kind == "reward" and "/" in name and not name.endswith(".py"):
+            raise _no_reward_model(name)
+        library = (*VERIFIERS, _LEARNED) if kind == "reward" else ()
         raise unknown(kind, name, (*library, "module:function", "file.py:function"))
     module = _import_file(what, place) if place.endswith(".py") else _import_module(what, place)
     function: Any = getattr(module, attribute, None)
@@ -265,6 +270,43 @@ def _function(name: str, settings: dict[str, Any], kind: str) -> RewardFunction:
         return cast(RewardFunction, function)
     _check_settings(what, settings, Term(name, function, kind=kind).parameters)
     return functools.partial(function, **settings)
+
+
+def _of_the_library(name: str, settings: dict[str, Any], what: str) -> RewardFunction | None:
+    """A verifier, or the reward model in a folder; None if the name is neither."""
+    if name in VERIFIERS:
+        return _made(what, VERIFIERS[name], settings)
+    folder = Path(name).expanduser().is_dir()
+    if not folder and name != _LEARNED:
+        return None
+    from postgrad.rewards.learned import learned_reward  # imports transformers
+
+    maker = functools.partial(learned_reward, name) if folder else learned_reward
+    return _made(what, maker, settings)
+
+
+def _made(
+    what: str, maker: Callable[..., RewardFunction], settings: dict[str, Any]
+) -> RewardFunction:
+    """The function that a maker makes of settings."""
+    parameters = inspect.signature(maker).parameters
+    _check_settings(what, settings, parameters)
+    for setting, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and setting not in settings:
+            raise PostgradError(f"{what} needs the setting {setting!r}")
+    return maker(**settings)
+
+
+def _no_reward_model(name: str) -> PostgradError:
+    """The error for a folder that is not there, suggesting the nearest model."""
+    missing = Path(name).expanduser()
+    nearest = next(parent for parent in missing.parents if parent.is_dir())
+    patterns = ("config.json", "*/config.json", "*/model/config.json")
+    there = [str(file.parent) for pattern in patterns for file in nearest.glob(pattern)]
+    close = difflib.get_close_matches(str(missing), there, n=1, cutoff=0.5)
+    elsewhere = "one of the Hub is {name: reward-model, model: ID}"
+    hint = f"did you mean {close[0]!r}?" if close else elsewhere
+    return PostgradError(f"reward {name!r}: there is no such folder of a reward model; {hint}")
 
 
 def _check_settings(

@@ -126,12 +126,17 @@ class Optimisers:
         return autocast(self._settings.precision, self._device)
 
     @contextmanager
-    def looking_ahead(self, module: str | None = None) -> Iterator[None]:
+    def looking_ahead(
+        self, module: str | None = None, *, share: float | None = None
+    ) -> Iterator[None]:
         """Steps of `module` inside are taken back at the end: weights and optimiser state."""
         name = module or self._first
         optimiser, parameters = self._optimisers[name], self._parameters[name]
         weights = [parameter.detach().clone() for parameter in parameters]
         state = copy.deepcopy(optimiser.state_dict())
+        if share is not None:
+            for group in optimiser.param_groups:
+                group["lr"] = share * self._settings.learning_rate * self._rates.get(name, 1.0)
         try:
             yield
         finally:

@@ -14,8 +14,10 @@ from postgrad.methods.base import Place
 from postgrad.methods.data import DataSettings, find_data, find_held_out
 from postgrad.models.adapters import LoraSettings
 from postgrad.models.language import LanguagePolicy, load_policy
+from postgrad.models.text_network import TextNetwork
 from postgrad.sampling.epochs import Epochs
 from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
+from postgrad.sampling.mixture import ActionMask
 from postgrad.seeding import derive, generator
 from postgrad.tasks import Examples
 from postgrad.timing import timed
@@ -70,12 +72,17 @@ class LanguageSettings(Settings):
     )
 
 
-class Given(TypedDict, total=False):
+class GivenData(TypedDict, total=False):
+    """Data that a caller in Python may pass in place of names."""
+
+    data: Examples | list[dict[str, Any]]
+    eval_data: Examples | list[dict[str, Any]]
+
+
+class Given(GivenData, total=False):
     """Objects that a caller in Python may pass in place of names."""
 
     model: LanguagePolicy
-    data: Examples | list[dict[str, Any]]
-    eval_data: Examples | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -97,22 +104,39 @@ def find_materials(
     held_out_formats: str | tuple[str, ...] | None = None,
 ) -> Materials:
     """The data in (one of) the formats and the policy that `config` names, or those `given`."""
+    data, held_out, order = find_examples(
+        config, place, formats, given, held_out_formats=held_out_formats
+    )
+    policy = given["model"] if "model" in given else named_policy(config, place)
+    return Materials(policy, data, held_out, order)
+
+
+def find_examples(
+    config: LanguageSettings,
+    place: Place,
+    formats: str | tuple[str, ...],
+    given: GivenData,
+    *,
+    held_out_formats: str | tuple[str, ...] | None = None,
+) -> tuple[Examples, Examples | None, Epochs]:
+    """The training data, at most `eval_size` rows of held-out data, and the order of training."""
     rows = given.get("data")
     data = find_data(config.data, place, formats, rows)
     formats = held_out_formats or formats
     if "eval_data" in given:
-        held_out: Examples | None = find_data(config.data, place, formats, given["eval_data"])
+        unspoilt = config.data.model_copy(update={"flip_rate": 0.0})
+        held_out: Examples | None = find_data(unspoilt, place, formats, given["eval_data"])
     else:
         held_out = find_held_out(config, place, formats, rows)
-    return Materials(
-        given["model"] if "model" in given else _named_policy(config, place),
+    return (
         data,
         held_out.first(config.eval_size) if held_out is not None else None,
         Epochs(len(data), config.batch_size, place.seed),
     )
 
 
-def _named_policy(config: LanguageSettings, place: Place) -> LanguagePolicy:
+def named_policy(config: LanguageSettings, place: Place) -> LanguagePolicy:
+    """The policy that `config` names."""
     return load_policy(
         config.model,
         tune=config.tune,
@@ -124,7 +148,7 @@ def _named_policy(config: LanguageSettings, place: Place) -> LanguagePolicy:
 
 
 def render_prompts(
-    policy: LanguagePolicy, examples: Examples, config: LanguageSettings, reserve: int
+    policy: TextNetwork, examples: Examples, config: LanguageSettings, reserve: int
 ) -> list[Tensor]:
     """Token ids of every prompt; stops at one that leaves no room for `reserve` more tokens.
 
@@ -163,11 +187,12 @@ def draw_responses(
     samples: int | None = None,
     temperature: float | None = None,
     mixture: float = 0.0,
+    mask: ActionMask | None = None,
 ) -> Rollouts:
     """`samples` responses to every prompt, as `rollout` says where the arguments do not.
 
     `stream` names the draws: responses under another name are independent. `mixture` is the share
-    of the reference policy in what is drawn from (see `generate`).
+    of the reference policy in what is drawn from, `mask` what may be drawn (see `generate`).
     """
     samples = samples or rollout.samples
     seeds = [
@@ -183,6 +208,7 @@ def draw_responses(
             samples=samples,
             seeds=seeds,
             mixture=mixture,
+            mask=mask,
         )
 
 

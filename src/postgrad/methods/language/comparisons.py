@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from postgrad.batch import Batch
+from postgrad.errors import PostgradError
 from postgrad.methods.base import Metrics
 from postgrad.models.language import LanguagePolicy
 from postgrad.models.scoring import TokenScores
+from postgrad.models.text_network import TextNetwork
 from postgrad.objectives.pairwise import margin, sequence_logprobs
 from postgrad.timing import timed
 
@@ -88,6 +90,35 @@ def comparison_batch(
         cost=own + lengths.sum(1),
         **fields,
     )
+
+
+def encoded_responses(
+    model: TextNetwork, texts: Sequence[str], limit: int, limited_by: str, where: str
+) -> list[Tensor]:
+    """Token ids `[L]` of the responses to a prompt, at most `limit` of each.
+
+    Raises:
+        PostgradError: all are the same; names the row and the setting that limits them.
+    """
+    responses = [model.encode_response(text)[:limit] for text in texts]
+    if len(responses) > 1 and all(response.equal(responses[0]) for response in responses):
+        all_of_them = "chosen and rejected" if len(responses) == 2 else "all responses"
+        raise PostgradError(
+            f"{where}: {all_of_them} are the same after tokenisation ({limited_by}={limit})"
+        )
+    return responses
+
+
+def pair_rows(model: TextNetwork, batch: Batch, most: int = 4) -> list[dict[str, Any]]:
+    """Pairs for people to read."""
+    return [
+        {
+            "prompt": model.decode(batch.prompts[i]),
+            "chosen": model.decode(batch.responses[i][0]),
+            "rejected": model.decode(batch.responses[i][-1]),
+        }
+        for i in range(min(len(batch), most))
+    ]
 
 
 def token_scores(

@@ -1,5 +1,6 @@
 """Where a policy stands between reward and divergence: how preference methods are compared."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from postgrad.evaluation.statistics import mean_interval
 from postgrad.methods.base import Metrics, Place
 from postgrad.methods.language.base import LanguageSettings, Materials, render_prompts
 from postgrad.models.language import LanguagePolicy
+from postgrad.models.snapshots import Snapshot
 from postgrad.rewards import RewardSet, RewardSpec, load_rewards
 from postgrad.rewards.preferences import BradleyTerry, Preference
 from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
@@ -81,11 +83,14 @@ class Frontier:
         return cls(found.policy, found.held_out, rewards, preference, config, settings, place.seed)
 
     @torch.no_grad()
-    def measure(self, policy: LanguagePolicy) -> Metrics:
+    def measure(
+        self, policy: LanguagePolicy, others: Mapping[str, Snapshot] | None = None
+    ) -> Metrics:
         """Means over fresh samples.
 
-        `reward`; `kl`, the mean of log pi/pi_ref in nats a response; `length` in tokens; and
-        `win_rate` against samples of the reference, with its 95 % interval.
+        `reward`, and each term of it if there are several; `kl`, the mean of log pi/pi_ref in nats
+        a response, and `kl_to_NAME` likewise, to `others`, weights of the policy by name; `length`
+        in tokens; and `win_rate` against samples of the reference, with its 95 % interval.
         """
         drawn = self._drawn(policy, "policy")
         now = policy.score(drawn.prompts, drawn.responses).logprobs.sum(1)
@@ -93,9 +98,16 @@ class Frontier:
             before = policy.score(drawn.prompts, drawn.responses).logprobs.sum(1)
         lengths = [len(response) for response in drawn.responses]
         metrics = {"kl": float((now - before).mean()), "length": sum(lengths) / len(lengths)}
+        for name, weights in (others or {}).items():
+            with weights.acting():
+                before = policy.score(drawn.prompts, drawn.responses).logprobs.sum(1)
+            metrics[f"kl_to_{name}"] = float((now - before).mean())
         judged: dict[str, list[float]] = {}
         if self._rewards is not None:
-            judged["reward"], _ = self._rewards.of_rows(self._rows, drawn.texts)
+            ids = [response.tolist() for response in drawn.responses]
+            judged["reward"], terms = self._rewards.of_rows(self._rows, drawn.texts, ids)
+            if len(terms) > 1:
+                judged |= {f"reward/{name}": values for name, values in terms.items()}
         if self._preference is not None:
             if self._opponents is None:
                 with policy.reference():

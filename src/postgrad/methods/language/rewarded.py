@@ -11,7 +11,7 @@ from postgrad.methods.base import Metrics
 from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import LanguageSettings, RolloutSettings
 from postgrad.models.language import LanguagePolicy
-from postgrad.rewards import RewardSpec, load_rewards
+from postgrad.rewards import RewardSet, RewardSpec, load_rewards
 from postgrad.sampling.generation import Rollouts, generate
 from postgrad.tasks import Examples
 from postgrad.timing import timed
@@ -43,7 +43,11 @@ class TaskReward:
                 f"reward: {data.name} brings no verifier of its own: name one, e.g. "
                 "reward=numeric, or your own reward=file.py:function"
             )
-        self.functions = load_rewards(spec, time_limit=config.reward_time_limit)
+        self.functions = (
+            spec
+            if isinstance(spec, RewardSet)
+            else load_rewards(spec, time_limit=config.reward_time_limit)
+        )
         self._first_row = data.rows[0]
 
     def probe(self) -> None:

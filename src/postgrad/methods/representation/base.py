@@ -117,7 +117,7 @@ def _source(
 
 
 def _images(config: DataSettings, key: str) -> Images:
-    for field in ("format", "columns", "limit"):
+    for field in ("format", "columns", "limit", "flip_rate"):
         if getattr(config, field):
             raise PostgradError(f"{key}.{field}: images have none, it is for texts")
     return load_images(config.name, split=config.split or "train", settings=config.settings)

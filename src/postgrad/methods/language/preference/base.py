@@ -22,23 +22,30 @@ from postgrad.methods.language.comparisons import (
     compared,
     comparison_batch,
     comparison_metrics,
+    encoded_responses,
     known_logprobs,
     last,
 )
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.models.language import LanguagePolicy
+from postgrad.models.text_network import TextNetwork
 from postgrad.tasks import Examples
 
 PAIR_SCORES = ("score_chosen", "score_rejected")  # as UltraFeedback's binarised form calls them
 
 
-class PreferenceSettings(LanguageSettings):
-    """Settings of the methods that learn from compared responses."""
+class ComparisonSettings(LanguageSettings):
+    """Settings of every method that reads compared responses."""
 
     data: DataSettings = setting(DataSettings(name="docstrings"), "preferences or rankings")
     batch_size: int = setting(16, "pairs (or lists) a step", gt=0)
-    beta: float = setting(0.1, "strength of the KL to the reference", gt=0, source="DPO paper")
     max_response_tokens: int = setting(256, "longer responses are cut", gt=0)
+
+
+class PreferenceSettings(ComparisonSettings):
+    """Settings of the methods that teach a policy by compared responses."""
+
+    beta: float = setting(0.1, "strength of the KL to the reference", gt=0, source="DPO paper")
     frontier: FrontierSettings = setting(
         FrontierSettings(), "reward and KL of fresh samples, in every evaluation"
     )
@@ -52,21 +59,20 @@ class Comparisons:
     preferences. `graded` says whether any tell more than an order, as ranks do not.
     """
 
-    def __init__(self, policy: LanguagePolicy, examples: Examples, config: PreferenceSettings):
+    def __init__(self, policy: TextNetwork, examples: Examples, config: ComparisonSettings):
         limit = config.max_response_tokens
         self.examples = examples
         self.prompts = render_prompts(policy, examples, config, reserve=limit)
         self.responses = [
-            [policy.encode_response(text)[:limit] for text in _texts(examples.format, row)]
-            for row in examples.rows
+            encoded_responses(
+                policy,
+                _texts(examples.format, row),
+                limit,
+                "max_response_tokens",
+                examples.where(number),
+            )
+            for number, row in enumerate(examples.rows)
         ]
-        for number, several in enumerate(self.responses):
-            if len(several) > 1 and all(response.equal(several[0]) for response in several):
-                all_of_them = "chosen and rejected" if len(several) == 2 else "all responses"
-                raise PostgradError(
-                    f"{examples.where(number)}: {all_of_them} are the same after tokenisation "
-                    f"(max_response_tokens={limit})"
-                )
         width = max(map(len, self.responses))
         self.scores = torch.full((len(examples), width), torch.nan)
         for number, row in enumerate(examples.rows):

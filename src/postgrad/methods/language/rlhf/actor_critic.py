@@ -3,7 +3,7 @@ are built on."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,7 @@ class ActorCritic(Method):
         advantage="GAE(gamma, lambda) of token rewards and a critic, standardised over the batch",
         gradient="token log-likelihood ratio",
     )
+    data_format: ClassVar[str | tuple[str, ...]] = "prompts"  # or richer ones, which hold prompts
     config: ActorCriticSettings
 
     def __init__(
@@ -133,9 +134,9 @@ class ActorCritic(Method):
     ):
         super().__init__(config, place)
         require_minibatches(config.minibatches, config.batch_size)
-        found = find_materials(config, place, "prompts", given)
+        found = find_materials(config, place, self.data_format, given, held_out_formats="prompts")
         self.policy, self.data, self.order = found.policy, found.data, found.order
-        self.reward = TaskReward(config, self.data, reward)
+        self.reward = self.find_reward(reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         self.policy.freeze_reference()
@@ -144,6 +145,10 @@ class ActorCritic(Method):
         self.frontier = Frontier.of(
             config, config.frontier, found, place, rewards=self.reward.functions
         )
+
+    def find_reward(self, reward: Any) -> TaskReward:
+        """The reward that was passed from Python, or the one that settings or data name."""
+        return TaskReward(self.config, self.data, reward)
 
     def _find_critic(self) -> ScalarModel:
         name = self.config.critic
@@ -221,25 +226,32 @@ class ActorCritic(Method):
         return {"critic": self.config.critic_rate}
 
     def collect(self, step: int) -> Batch:
-        rows, rollouts, group = self.draw(step)
+        return self.collected(self.order.indices(step).tolist(), step)
+
+    def collected(self, index: list[int], step: int) -> Batch:
+        """The batch of fresh responses to the prompts of the rows `index`."""
+        rollouts, fields = self.responses(index, step)
+        rows, group = self.owners(index)
         reward, terms = self.judge(rows, rollouts)
-        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms)
+        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms, **fields)
         return self.with_advantages(self.with_known(batch))
 
-    def draw(self, step: int) -> tuple[list[dict[str, Any]], Rollouts, Tensor]:
-        """The N samples of a step, their rows of data, and each one's prompt by number `[N]`."""
-        index = self.order.indices(step).tolist()
+    def owners(self, index: list[int]) -> tuple[list[dict[str, Any]], Tensor]:
+        """The row of data of each of the N responses to rows `index`, and its prompt `[N]`."""
         samples = self.config.rollout.samples
-        rollouts = draw_responses(
+        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        return rows, torch.arange(len(index)).repeat_interleave(samples)
+
+    def responses(self, index: list[int], step: int) -> tuple[Rollouts, dict[str, Any]]:
+        """Responses to the prompts of rows `index`, and more fields of the batch about them."""
+        return draw_responses(
             self.policy,
             [self.prompts[i] for i in index],
             self.config.rollout,
             self.place.seed,
             "rollout",
             step,
-        )
-        rows = [self.data.rows[i] for i in index for _ in range(samples)]
-        return rows, rollouts, torch.arange(len(index)).repeat_interleave(samples)
+        ), {}
 
     def with_known(self, batch: Batch) -> Batch:
         """The batch with what stays fixed while it is learnt from: log-probabilities and values."""
@@ -274,12 +286,19 @@ class ActorCritic(Method):
         every = []
         for part in self.minibatches(batch):
             metrics = optimise(self.loss, part, "policy")
-            value = optimise(self.value_loss, part, "critic")
+            value = self.learn_values(part, optimise)
             metrics |= {"value/loss": value["loss"], "value/gradient_norm": value["gradient_norm"]}
             every.append(metrics)
-        divergence = float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean())
-        self.kl_coefficient.update(divergence)
+        self.kl_coefficient.update(self.divergence(batch))
         return {name: sum(m[name] for m in every) / len(every) for name in every[0]}
+
+    def divergence(self, batch: Batch) -> float:
+        """KL to the reference in nats a response, which the coefficient is steered by."""
+        return float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean())
+
+    def learn_values(self, batch: Batch, optimise: Optimise) -> Metrics:
+        """The critic's step on a minibatch."""
+        return optimise(self.value_loss, batch, "critic")
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The policy's: PPO's clipped surrogate."""
@@ -291,7 +310,7 @@ class ActorCritic(Method):
         per_token = clipped_surrogate(ratio, advantages, clip, clip)
         clipped = clip_fractions(ratio.detach(), advantages, clip, clip, mask)
         metrics = {f"ratio/{name}": value for name, value in clipped.items()}
-        metrics["ratio/mean"] = float(ratio.detach()[mask].mean())
+        metrics["ratio/mean"] = float(ratio.detach()[mask].mean()) if mask.any() else 1.0
         return self._aggregated(per_token, mask, batch), metrics
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -308,6 +327,8 @@ class ActorCritic(Method):
         return self._aggregated(errors / 2, mask, batch), {}
 
     def _aggregated(self, per_token: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+        if batch.tokens == 0:
+            return 0.0 * per_token.sum()  # there is nothing to learn from
         return aggregate(
             per_token, mask, self.config.aggregation, items=batch.items, tokens=batch.tokens
         )
@@ -335,7 +356,7 @@ class ActorCritic(Method):
         left = (returns - values).var(correction=0)
         return {
             **describe_rollouts(batch),
-            "kl": float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean()),
+            "kl": self.divergence(batch),
             "kl_coefficient": self.kl_coefficient.value,
             "value/mean": float(values.mean()),
             "value/explained": float(1 - left / spread) if spread > 0 else 0.0,

@@ -137,7 +137,9 @@ class Text2Grad(ActorCritic):
         super().check()
 
     def collect(self, step: int) -> Batch:
-        rows, rollouts, group = self.draw(step)
+        index = self.order.indices(step).tolist()
+        rollouts, _ = self.responses(index, step)
+        rows, group = self.owners(index)
         with timed("reward"):
             judged = self.critique.of_rows(rows, rollouts.texts)
         kept = [number for number, said in enumerate(judged) if said is not None]
