@@ -10,7 +10,7 @@ from postgrad.claims.symbols import LENGTH, LETTERS, ROLLOUT, prompts, reference
 from postgrad.models.language import LanguagePolicy
 from postgrad.rewards.evolving import Item
 
-STEPS, INTERVAL, EVERY = 40, 10, 10
+STEPS, INTERVAL, EVERY = 30, 5, 10
 LEARNING_RATE = 3e-3
 FOUND, USELESS = (
     0.8,
@@ -195,12 +195,16 @@ CLAIM = Claim(
     "policy that was rewarded by all of them from the start.",
     task="strings of twelve letters after a first one, by a tiny language model; a library of "
     "eight criteria that can be counted, gold = the mean of all, the first rubric = how often the "
-    "prompt's letter is said; 40 steps of 64 strings, a meta step after every 10 reads 16 of them",
+    "prompt's letter is said; 30 steps of 64 strings, a meta step after every 5 reads 16 of them",
     metric=METRIC,
     higher_is_better=True,
     method="MPO",
     baseline="first rubric",
     arms=ARMS,
     run=run,
-    notes="",
+    notes="All arms have the same start, prompts, numbers of samples and settings: 64 strings a "
+    "step, two passes, KL 0.02, rewards as the mean share of an item's points. The learning rate, "
+    "3e-3, is the same for all: on seed 100 the first rubric alone was also tried with 1e-3 and "
+    "lost as much of the gold score. Judge and meta judge are programs: the judge counts, the meta "
+    "judge sees a broken criterion with probability 0.8 and adds a useless one with 0.1.",
 )

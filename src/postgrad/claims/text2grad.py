@@ -20,15 +20,15 @@ from postgrad.sampling.generation import SamplingSettings, generate
 LETTERS = "abcdefghijklmnop"
 LENGTH = 8
 TOKENS = LENGTH + 1  # and the end
-STEPS, EVERY = 40, 10
+STEPS, EVERY = 24, 6
 METRIC = "exact, mean over the run"
 _BATCH, _RATE, _TARGET = 128, 1e-3, 0.6
-# the best of 1e-4, 3e-4 and 1e-3 on seed 100
-ARMS: dict[str, tuple[str, float]] = {
-    "Text2Grad": ("text2grad", 3e-4),
-    "PPO on the sum": ("ppo-language", 3e-4),
-    "PPO on success": ("ppo-language", 3e-4),
+ARMS = {
+    "Text2Grad": "text2grad",
+    "PPO on the sum": "ppo-language",
+    "PPO on success": "ppo-language",
 }
+LEARNING_RATE = 3e-4
 SETTINGS = {
     "batch_size": 64,
     "rollout": {"samples": 1, "max_new_tokens": TOKENS, "temperature": 1.0, "top_p": 1.0},
@@ -128,7 +128,7 @@ def agreement(arm: str, policy: LanguagePolicy, seed: int, count: int) -> float:
 
     And a wrong one below. The critic knows nothing yet; the batch is the same for every arm.
     """
-    slug, _ = ARMS[arm]
+    slug = ARMS[arm]
     kind = method_class(slug)
     _, own = resolve(kind.Config, kind.recipe, {**SETTINGS, "batch_size": count})
     objects = {"model": policy, "data": rows(count, "agreement", seed), **JUDGES[arm]}
@@ -163,10 +163,16 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
 
 
 def followed(
-    arm: str, policy: LanguagePolicy, seed: int, *, steps: int, quick: bool, rate: float = 0.0
+    arm: str,
+    policy: LanguagePolicy,
+    seed: int,
+    *,
+    steps: int,
+    quick: bool,
+    rate: float = LEARNING_RATE,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train `policy` by an arm; what it can before and after every few steps."""
-    slug, own_rate = ARMS[arm]
+    slug = ARMS[arm]
     held_out = rows(20 if quick else 300, "held out")
     yield 0, measured(policy, held_out)
     training = train_in_steps(
@@ -174,7 +180,7 @@ def followed(
         seed,
         {"model": policy, "data": rows(64 * steps, "prompts", seed), **JUDGES[arm]},
         steps=steps,
-        **{**SETTINGS, "learning_rate": rate or own_rate, **({"batch_size": 16} if quick else {})},
+        **{**SETTINGS, "learning_rate": rate, **({"batch_size": 16} if quick else {})},
     )
     for step, _ in training:
         if step % (2 if quick else EVERY) == 0:
@@ -187,7 +193,7 @@ CLAIM = Claim(
     "when its scores stand at their letters than as one sum at the end, and that in fewer than the "
     "reward for complete success.",
     task="put eight of sixteen letters in order; a GPT-2 of two layers that has learnt from "
-    "examples to place six in ten of them; 40 steps of 64 responses; share of 300 held-out prompts "
+    "examples to place six in ten of them; 24 steps of 64 responses; share of 300 held-out prompts "
     "whose sampled response is exact, averaged over the run",
     metric=METRIC,
     higher_is_better=True,
@@ -195,5 +201,11 @@ CLAIM = Claim(
     baseline="PPO on the sum",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="All arms have the same start, prompts, numbers of samples and settings: 64 responses a "
+    "step, two passes, KL 0.02, a critic with ten times the policy's learning rate of 3e-4. That "
+    "rate is not tuned arm by arm: on seed 100 PPO on the sum improved with it and was ruined by "
+    "1e-3; Text2Grad and PPO on success were not tried with another. The start matters: where most "
+    "sampled letters are wrong, scores of -1 for them and of 0 for silence teach Text2Grad within "
+    "ten steps to stop writing (seed 100, learning rates 1e-4 and 3e-4). The last part does not "
+    "reproduce: success, which three in ten responses have at the start, teaches fastest of all.",
 )
