@@ -298,7 +298,7 @@ CLAIM = Claim(
     run=run,
     notes="On the bandits every policy is an exact optimum and nothing is tuned; labels are "
     "P(a over b) = sigma(2 (u(a) - u(b))). With labels half as sharp EM does not find so small a "
-    "minority (on seed 100 nine users in ten are in their group, which is the majority's share) and "
+    "minority (on seed 100 nine users in ten are in their group, the majority's share) and "
     "MaxMin's worst-off group has -0.10 there, to -0.99 with one reward model. `groups known` "
     "shows what EM costs, `MaxMin by the worst group` is the paper's algorithm, `MaxMin` our "
     "weights by exponentiated gradient, `least of each sample` the official code's reward. The "
