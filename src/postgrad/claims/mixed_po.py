@@ -146,8 +146,8 @@ CLAIM = Claim(
     "others from there, reaches a higher true score than PPO from the initial policy with as "
     "few rollouts.",
     task="strings of 12 letters with a hidden score of neighbours; 1500 Bradley-Terry pairs of the "
-    "reference's strings (temperature 1.5), half of them for a reward model (linear in neighbours), "
-    "half for the policy; 40 steps of 32 pairs, then steps of 64 rollouts; mean true score of 256 "
+    "reference's strings (temperature 1.5), half for a reward model (linear in neighbours), half "
+    "for the policy; 40 steps of 32 pairs, then steps of 64 rollouts; mean true score of 256 "
     "fresh strings after 4 of these",
     metric=METRIC,
     higher_is_better=True,
@@ -155,8 +155,8 @@ CLAIM = Claim(
     baseline="PPO",
     arms=tuple(ARMS),
     run=run,
-    notes="Learning rates by arm, chosen on seed 100, which is not reported: 2e-3 for MPO and PPO "
-    "(3e-4, 1e-3 and 4e-3 were tried), for DPO (1e-4, 3e-4, 1e-3, 4e-3) and for PPO after it (1e-3), "
+    notes="Learning rates by arm, chosen on seed 100, which is not reported: 2e-3 for MPO and "
+    "PPO (3e-4, 1e-3 and 4e-3 were tried), for DPO (1e-4, 3e-4, 1e-3, 4e-3) and for PPO after it (1e-3), "
     "1e-3 for DPO on easy pairs (5e-4, 2e-3) and on hard pairs (2e-3); one rate serves "
     "both stages of MPO, which was less steady at 4e-3 (7.9 to 7.7 after 256 rollouts). A reward "
     "model of the language model's size learnt too little from 750 pairs (correlation of 0.35 with "
