@@ -1,7 +1,7 @@
 """MkDocs hook: pages and tables that follow from the code, so that nothing is written twice.
 
-- `methods/`: the catalogue, and a page for each implemented method, from its entry, docstring,
-  settings, four parts and committed claim;
+- `methods/`: the catalogue, and a page for each implemented method and each study, from its entry,
+  docstring, settings, four parts and committed claim;
 - `reference/`: a page for each room of the package (mkdocstrings reads the docstrings);
 - root files (ARCHITECTURE.md …) as pages, and `<!-- generated: NAME -->` in hand-written pages.
 """
@@ -21,7 +21,7 @@ from postgrad.catalogue import Entry, entries
 from postgrad.cli import main
 from postgrad.config import LoopSettings
 from postgrad.reports.claim import claim_parts
-from postgrad.reports.intervals import BAND_NOTE
+from postgrad.reports.intervals import BAND_NOTE, INTERVAL_NOTE
 from postgrad.reports.method import SettingFact, method_facts, setting_facts
 from postgrad.reports.page import asset, paper_facts
 from postgrad.rewards.verifiers import VERIFIERS
@@ -88,14 +88,20 @@ def generated_files() -> dict[str, str]:
 
 
 def documented() -> list[Entry]:
-    """The entries that have a page: whatever is implemented."""
-    return [entry for entry in entries().values() if entry.python is not None]
+    """The entries that have a page: what is implemented, and studies that can be run."""
+    return [
+        entry
+        for entry in entries().values()
+        if entry.python is not None or (entry.study and entry.claim_file.is_file())
+    ]
 
 
 def method_page(slug: str) -> str:
-    """The page of an implemented method."""
+    """The page of an implemented method or of a study."""
     facts = method_facts(slug)
     module = str(facts.entry.python).partition(":")[0]
+    if facts.entry.study:
+        module = f"postgrad.claims.{facts.entry.claim_file.stem}"
     recipe = [fact for fact in facts.loop if fact.source == "this method's recipe"]
     text = TEMPLATES.get_template("method.md").render(
         facts=facts,
@@ -105,12 +111,13 @@ def method_page(slug: str) -> str:
         description=prose(facts.description),
         prose=prose,
         cell=cell,
-        settings=settings_table(facts.settings),
+        settings=settings_table(facts.settings) if facts.settings else "",
         recipe=settings_table(recipe, with_source=False) if recipe else "",
         claim=claim_parts(facts.result) if facts.result else None,
         band_note=BAND_NOTE,
+        interval_note=INTERVAL_NOTE,
         source=f"src/{module.replace('.', '/')}.py",
-        reproducible=facts.result is not None or _has_claim(slug),
+        reproducible=facts.entry.claim_file.is_file(),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -294,17 +301,14 @@ def _method_navigation() -> list[Any]:
 
 
 def _status(entry: Entry) -> str:
+    if entry.study:
+        return "study, ready" if entry.status == "ready" else "study, its result not committed yet"
     return "trains; its claim has not been run" if entry.status == "trains" else entry.status
 
 
 def _verdict(entry: Entry) -> str:
     result = entry.result()
     return "" if result is None else str(result["holds"])
-
-
-def _has_claim(slug: str) -> bool:
-    claims = {found.name for found in pkgutil.iter_modules([str(ROOT / "src/postgrad/claims")])}
-    return slug.replace("-", "_") in claims
 
 
 def _modules(package: str) -> list[str]:

@@ -2,12 +2,13 @@
 
 import json
 import pkgutil
+from dataclasses import replace
 
 import pytest
 
 import postgrad.claims
 from postgrad.catalogue import entries
-from postgrad.claims.base import Claim, Outcome, load_claim
+from postgrad.claims.base import Claim, Finding, Outcome, load_claim
 from postgrad.claims.run import reproduce, save_result, summarise
 from postgrad.errors import PostgradError
 
@@ -33,6 +34,8 @@ def test_a_recorded_result_is_that_of_its_claim(slug):
     assert recorded["claim"] == claim.statement
     assert list(recorded["arms"]) == list(claim.arms)
     assert recorded["metric"] == claim.metric
+    findings = [(each["statement"], each["metric"]) for each in recorded.get("findings", [])]
+    assert findings == [(each.statement, each.metric) for each in claim.findings]
     assert recorded["seeds"] >= 3
     means = {
         arm: sum(v[claim.metric]) / len(v[claim.metric]) for arm, v in recorded["arms"].items()
@@ -62,6 +65,31 @@ def test_a_summary_compares_seed_by_seed_and_is_saved_compactly(tmp_path):
     saved = json.loads((tmp_path / "x.json").read_text())
     assert saved["method"]["high"] == pytest.approx(result["method"]["high"], rel=1e-4)
     assert len(saved["curves"]["a"][0]["c"]) <= 60
+
+
+def test_a_studys_findings_have_verdicts_of_their_own():
+    higher = Finding("b is higher", "m", "b", "a")
+    lower = Finding("b has less n", "n", "b", "a", higher_is_better=False)
+    claim = Claim(
+        slug="x", statement="s", task="t", metric="m", higher_is_better=True, method="a",
+        baseline="b", arms=("a", "b"), run=lambda arm, seed, quick: Outcome({}),
+        findings=(higher, lower),
+    )  # fmt: skip
+    found = {
+        (arm, seed): {"values": {"m": seed + gain, "n": float(gain * seed)}, "seconds": 1.0}
+        for arm, gain in (("a", 1.0), ("b", 0.5))
+        for seed in range(3)
+    }
+    result = summarise(claim, found, 3, quick=False)
+    assert result["holds"] == "yes"
+    assert [each["holds"] for each in result["findings"]] == ["no", "not separable"]
+    assert result["findings"][0]["statement"] == "b is higher"
+    assert result["findings"][0]["method"]["name"] == "b"
+    assert result["findings"][1]["baseline"]["mean"] == pytest.approx(1.0)
+    quick = summarise(claim, found, 3, quick=True)
+    assert {each["holds"] for each in quick["findings"]} == {"quick run, not decided"}
+    with pytest.raises(ValueError, match="'c' is not among the arms"):
+        replace(claim, findings=(replace(higher, method="c"),))
 
 
 def test_what_has_no_claim_says_so():

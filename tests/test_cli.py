@@ -12,6 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from postgrad.catalogue import entries
+from postgrad.claims.base import load_claim
+from postgrad.claims.run import _kept
 from postgrad.cli import main
 
 TINY_DPO = ["train", "dpo", "--model", "tiny", "max_response_tokens=64", "steps=1"]
@@ -19,6 +21,8 @@ TINY_GRPO = [
     "train", "grpo", "--model", "tiny", "--data", "addition", "data.settings.size=8",
     "rollout.max_new_tokens=4", "steps=1", "batch_size=2", "eval_size=2",
 ]  # fmt: skip
+
+STUDY = "online-offline-gap"
 
 
 @pytest.fixture
@@ -64,6 +68,35 @@ def test_the_list_names_all_methods(call):
     only = json.loads(call("list", "--family", "control", "--json").stdout)
     assert {row["family"] for row in only} == {"control"}
     assert "grace" in call("list").stdout
+
+
+def test_a_study_is_listed_by_whether_its_result_is_there(call):
+    def row(slug):
+        listed = json.loads(call("list", "--ready", "--json").stdout)
+        return next((row for row in listed if row["slug"] == slug), None)
+
+    recorded = entries()["on-policy-suboptimal"].result() is not None
+    assert (row("on-policy-suboptimal") is not None) == recorded
+    assert row("dpo")["study"] is False
+    listed = json.loads(call("list", "--json").stdout)
+    studies = {row["slug"] for row in listed if row["study"]}
+    assert studies == {"on-policy-suboptimal", "online-offline-gap"}
+
+
+def test_a_study_is_reproduced_with_its_findings(call):
+    """Arms that have been run are not run again: here they were made up."""
+    claim = load_claim("on-policy-suboptimal")
+    metrics = {claim.metric, *(finding.metric for finding in claim.findings)}
+    for arm in claim.arms:
+        kept = _kept(Path("made"), arm, 0)
+        kept.parent.mkdir(exist_ok=True)
+        outcome = {"values": dict.fromkeys(metrics, 0.5), "curves": {}, "seconds": 1.0}
+        kept.write_text(json.dumps(outcome))
+    done = call("reproduce", claim.slug, "--quick", "--seeds", 1, "--output", "made")
+    assert done.exit_code == 0, done.output
+    said = [line for line in done.stdout.splitlines() if "quick run, not decided: " in line]
+    assert [line.partition(": ")[2] for line in said] == [f.statement for f in claim.findings]
+    assert "Findings" in Path("made/report.html").read_text()
 
 
 def test_show_prints_equation_settings_and_sources(call):
@@ -162,6 +195,9 @@ def test_own_data_and_own_reward(call, tmp_path):
         ("unknown method 'dppo'", ["reproduce", "dppo"]),
         ("unknown family 'contrl': did you mean 'control'", ["list", "--family", "contrl"]),
         ("bq-nco is planned", ["train", "bq-nco"]),
+        ("bq-nco is planned", ["reproduce", "bq-nco"]),
+        ("gap is a study.*`postgrad reproduce online-offline-gap`", ["train", STUDY]),
+        ("gap is a study", ["compare", "dpo", STUDY, "--data", "docstrings", "--budget", "16"]),
         ("unknown key 'betta': did you mean 'beta'", ["train", "dpo", "betta=1"]),
         ("unknown key .*'rollout.sample'|'sample'", ["train", "grpo", "rollout.sample=1"]),
         ("beta: .*greater than 0", ["train", "dpo", "beta=-1"]),

@@ -65,6 +65,25 @@ def test_every_implemented_method_has_a_page_of_its_facts(pages: dict[str, str])
         assert (ROOT / source[0]).is_file()
 
 
+def test_a_study_has_a_page_of_its_text_and_no_command_to_train_it(pages: dict[str, str]) -> None:
+    for slug in ("on-policy-suboptimal", "online-offline-gap"):
+        page = pages[f"methods/{slug}.md"]
+        assert page.startswith(f"# {slug}\n")
+        assert "A study: " in page
+        assert f"\npostgrad reproduce {slug}\n" in page
+        assert "postgrad train" not in page
+        assert "## Settings" not in page
+        (source,) = re.findall(r'--8<-- "(.*)"', page)
+        assert source == f"src/postgrad/claims/{slug.replace('-', '_')}.py"
+        assert (ROOT / source).is_file()
+        recorded = entries()[slug].result()
+        for finding in recorded["findings"] if recorded else ():
+            assert f"<strong>{finding['holds']}</strong>" in page
+        row = re.search(rf"^\| \[{slug}\].*$", pages["methods/index.md"], re.MULTILINE)
+        assert row is not None
+        assert "study" in row[0]
+
+
 def test_a_page_shows_the_committed_claim_or_that_there_is_none(
     generate: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

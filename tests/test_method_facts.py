@@ -4,12 +4,14 @@ from typing import Literal
 
 import pytest
 
-from postgrad.catalogue import entries, method_class
+from postgrad.catalogue import Entry, entries, method_class
+from postgrad.claims.base import load_claim
 from postgrad.config import LoopSettings, Settings, dotted_keys, setting
 from postgrad.errors import PostgradError
 from postgrad.reports.method import equation, method_facts, method_text, setting_facts, value_text
 
 IMPLEMENTED = [slug for slug, entry in entries().items() if entry.python is not None]
+STUDIES = [slug for slug, entry in entries().items() if entry.study]
 
 
 class Inner(Settings):
@@ -102,10 +104,32 @@ def test_parts_of_policy_gradients_are_shown() -> None:
 
 
 def test_a_planned_method_says_so() -> None:
-    planned = next(entry for entry in entries().values() if entry.python is None)
+    planned = next(e for e in entries().values() if e.python is None and not e.study)
     text = method_text(planned.slug)
     assert planned.title in text
     assert text.endswith("Planned: not yet implemented.")
+
+
+@pytest.mark.parametrize("slug", STUDIES)
+def test_a_study_is_shown_by_its_own_text_and_how_it_is_run(slug: str) -> None:
+    facts, text = method_facts(slug), method_text(slug)
+    assert facts.description.startswith("A study: ")
+    assert facts.equation
+    assert facts.settings == ()
+    assert entries()[slug].title in text
+    assert "· study ·" in text
+    assert f"postgrad reproduce {slug}" in text
+    assert "Settings" not in text
+    for finding in load_claim(slug).findings if facts.result else ():
+        assert finding.statement.split()[0] in text
+    with pytest.raises(PostgradError, match=f"{slug} is a study.*`postgrad reproduce {slug}`"):
+        method_class(slug)
+
+
+def test_a_study_without_a_result_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Entry, "result", lambda self: None)
+    ending = "Claim: no recorded result.\nRun it: postgrad reproduce online-offline-gap"
+    assert method_text("online-offline-gap").endswith(ending)
 
 
 def test_an_unknown_method_suggests_the_nearest() -> None:

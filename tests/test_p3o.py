@@ -271,13 +271,13 @@ def test_a_shifted_reward_gives_the_same_run_to_the_bit(tmp_path):
 @BOTH
 def test_it_learns(clipping, tmp_path):
     settings = {**SMALL, **SHORT, "batch_size": 16, "learning_rate": 3e-3, "epochs": 2}
-    settings |= {"clipping": clipping, "beta": 0.01, "steps": 40}
+    settings |= {"clipping": clipping, "beta": 0.01, "steps": 24}
     train("p3o", data=ROWS, reward=letters, output=tmp_path / "run", **settings)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     rewards = [row["reward"] for row in rows if "reward" in row]
-    first, last = torch.tensor(rewards[:8]), torch.tensor(rewards[-8:])
-    # far beyond the noise of a mean over eight steps
-    noise = float((first.var() / 8 + last.var() / 8).sqrt())
+    first, last = torch.tensor(rewards[:6]), torch.tensor(rewards[-6:])
+    # far beyond the noise of a mean over six steps
+    noise = float((first.var() / 6 + last.var() / 6).sqrt())
     assert float(last.mean() - first.mean()) > max(0.15, 4 * noise)
 
 
@@ -330,10 +330,10 @@ def test_a_bad_setting_is_named_before_anything_is_written(settings, message, tm
 
 
 def test_on_the_bandit_a_shift_changes_nothing_for_differences():
-    plain, shifted = (claim.learnt("P3O", 0, 20, scale)[-1][1] for scale in (0.0, 10.0))
+    plain, shifted = (claim.learnt("P3O", 0, 0, 20, scale)[-1] for scale in (0.0, 10.0))
     assert shifted == pytest.approx(plain, abs=1e-9)
     plain, shifted = (
-        claim.learnt("moving-average baseline", 0, 20, scale)[-1][1] for scale in (0.0, 10.0)
+        claim.learnt("moving-average baseline", 0, 0, 20, scale)[-1] for scale in (0.0, 10.0)
     )
     assert abs(shifted - plain) > 0.01
 

@@ -443,6 +443,21 @@ def test_a_claim_report_shows_all_arms_with_their_intervals(tmp_path: Path) -> N
     assert ">proxy</text>" in text
 
 
+def test_the_findings_of_a_study_are_a_table_of_both_sides_and_verdicts(tmp_path: Path) -> None:
+    result = claim_result("yes")
+    assert claim_parts(result).findings is None
+    sides = {"method": {"name": "InfoNCE"}, "baseline": {"name": "GRACE"}}
+    result["findings"] = [
+        {"statement": "speed & <more>", "metric": "mrr", "holds": "not separable", **sides}
+    ]
+    text, page = read(write_claim_report(result, tmp_path / "report.html"))
+    assert_self_contained(text, page)
+    words = " ".join(page.text.split())
+    assert "speed & <more> mrr InfoNCE: 0.4133" in words
+    assert "GRACE: 0.4700 ± 0.025 not separable" in words
+    assert 'href="#findings"' in text
+
+
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     result = json.loads(json.dumps(claim_result("not separable", seeds=1)))
     parts = claim_parts(result)

@@ -223,19 +223,19 @@ def test_meta_rm_on_one_number():
     """r = theta x: the first-order step of the method, and the second-order one beside it."""
     model, eta, alpha = Scalar(), 0.1, 0.1
     spread = spread_of_rewards(model.theta * tensor((1.0, -1.0)))
-    assert float(spread) == pytest.approx(0.322828, abs=1e-6)
+    assert spread.item() == pytest.approx(0.322828, abs=1e-6)
     (direction,) = torch.autograd.grad(spread.sum(), model.theta, create_graph=True)
-    assert float(direction) == pytest.approx(0.228784, abs=1e-6)
+    assert direction.item() == pytest.approx(0.228784, abs=1e-6)
     second = bradley_terry((model.theta + eta * direction) * 0.5)
     (gradient,) = torch.autograd.grad(second.sum(), model.theta)
     assert float(gradient) == pytest.approx(-0.226800, abs=1e-6)
     assert 0.3 - alpha * float(gradient) == pytest.approx(0.322680, abs=1e-6)
     with displaced(model, [direction.detach()], eta):
-        assert float(model.theta) == pytest.approx(0.322878, abs=1e-6)
+        assert model.theta.item() == pytest.approx(0.322878, abs=1e-6)
         bradley_terry(model.theta * 0.5).sum().backward()
         assert float(model.theta.grad) == pytest.approx(-0.229864, abs=1e-6)
         torch.optim.SGD(model.parameters(), lr=alpha).step()
-    assert float(model.theta) == pytest.approx(0.322986, abs=1e-6)
+    assert model.theta.item() == pytest.approx(0.322986, abs=1e-6)
 
 
 def test_a_displacement_without_a_step_leaves_nothing_behind():
@@ -275,7 +275,7 @@ def one_step(method, step=0):
 def test_a_new_model_starts_at_log_two_and_its_loss_is_bradley_terry():
     method = made()
     batch = method.collect(0)
-    assert float(method.loss(batch)[0]) == pytest.approx(math.log(2), abs=1e-6)
+    assert method.loss(batch)[0].item() == pytest.approx(math.log(2), abs=1e-6)
     stirred(method)
     one, other = (
         method.model.rewards(batch.prompts, [pair[i] for pair in batch.responses]) for i in (0, 1)
@@ -308,7 +308,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_it_learns_and_is_evaluated_and_used_by_name(tmp_path):
     data = write_rows(tmp_path / "train.jsonl", ROWS)
-    unseen = [{**row, "prompt": f"no. {i}:"} for i, row in enumerate(ROWS)]
+    unseen = [{**row, "prompt": f"number {i + 40}:"} for i, row in enumerate(ROWS)]
     run = train(
         "reward-modeling", data=data, eval_data=write_rows(tmp_path / "test.jsonl", unseen),
         steps=40, batch_size=16, output=tmp_path / "run", **SMALL,
@@ -390,11 +390,11 @@ def test_the_contrast_is_added_to_the_whole_batch(kind, of):
     assert len(list(batch.split(1))) == 1  # not cut, whatever the token budget
     value, metrics = method.loss(batch)
     expected = metrics["loss/pairs"] + 0.5 * metrics["loss/contrast"]
-    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
     again, _ = method.loss(batch)
     assert torch.equal(value, again)  # the views follow from the step
     plain = stirred(made())
-    assert metrics["loss/pairs"] == pytest.approx(float(plain.loss(plain.collect(0))[0]), rel=1e-6)
+    assert metrics["loss/pairs"] == pytest.approx(plain.loss(plain.collect(0))[0].item(), rel=1e-6)
     value.backward()
     assert all(p.grad is not None for p in method.modules()["reward_model"].parameters())
 

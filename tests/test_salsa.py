@@ -272,7 +272,7 @@ def test_other_shapes_and_numbers_are_refused():
         require_alike(one, {"w": torch.zeros(3, 3)})
     with pytest.raises(PostgradError, match="but model has no weights v"):
         require_alike(one, {"w": torch.zeros(2, 3), "v": torch.zeros(1)})
-    with pytest.raises(PostgradError, match=r"second: expected floating-point weights .* int8"):
+    with pytest.raises(PostgradError, match=r"second: expected floating-point weights .*int8"):
         require_alike(one, {"w": torch.zeros(2, 3, dtype=torch.int8)})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from postgrad import __version__
-from postgrad.catalogue import entries
+from postgrad.catalogue import entries, require_implemented
 from postgrad.errors import PostgradError
 
 
@@ -41,7 +41,7 @@ _method = click.argument("method", shell_complete=_complete_method)
 
 @main.command("list")
 @click.option("--family", help="Only this family, e.g. control or language/preference.")
-@click.option("--ready", is_flag=True, help="Only what can be trained now, baselines included.")
+@click.option("--ready", is_flag=True, help="Only what can be run now, baselines included.")
 @click.option("--json", "as_json", is_flag=True, help="An array of objects.")
 def list_methods(family: str | None, ready: bool, as_json: bool) -> None:
     """List the methods and their status."""
@@ -57,7 +57,7 @@ def list_methods(family: str | None, ready: bool, as_json: bool) -> None:
         and (not ready or entry.status != "planned")
     ]
     if as_json:
-        names = ("slug", "title", "paper", "year", "family", "kind", "needs", "status")
+        names = ("slug", "title", "paper", "year", "family", "kind", "needs", "status", "study")
         rows = [{name: getattr(entry, name) for name in names} for entry in chosen]
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
@@ -116,7 +116,7 @@ def train(
     if run is None and method is None:
         raise PostgradError("which method? `postgrad train METHOD`, or --config, or --resume RUN")
     if run is None and method is not None:
-        _known(method)
+        require_implemented(method)
     from postgrad import api
 
     if run is not None:
@@ -156,7 +156,11 @@ def reproduce(
     record: bool,
 ) -> None:
     """Rerun METHOD's claim: its paper's comparison in miniature, with intervals over seeds."""
-    entry = _known(method)
+    from postgrad.catalogue import entry
+
+    known = entry(method)
+    if not known.study:
+        require_implemented(method)
     from postgrad.claims.run import reproduce as run_claim
     from postgrad.claims.run import save_result
     from postgrad.reports.claim import write_claim_report
@@ -174,43 +178,54 @@ def reproduce(
     )
     report = write_claim_report(result, output / "report.html")
     if record:
-        save_result(result, entry.result_file)
+        save_result(result, known.result_file)
     if as_json:
-        shown = ("slug", "claim", "metric", "method", "baseline", "seeds", "holds", "seconds")
-        click.echo(json.dumps({name: result[name] for name in shown}, indent=1))
+        shown = ("slug", "claim", "metric", "method", "baseline", "seeds", "holds", "findings")
+        click.echo(json.dumps({name: result[name] for name in (*shown, "seconds")}, indent=1))
         return
     click.echo(f"{result['claim']}\n{result['metric']}, {seeds} seeds, 95 % intervals:")
     for side in (result["method"], result["baseline"]):
         click.echo(
             f"  {side['name']:24} {side['mean']:.4g}  [{side['low']:.4g}, {side['high']:.4g}]"
         )
-    click.echo(f"holds: {result['holds']}\nreport: {report}")
+    click.echo(f"holds: {result['holds']}")
+    for finding in result["findings"]:
+        click.echo(f"  {finding['holds']}: {finding['statement']}")
+    click.echo(f"report: {report}")
 
 
 @main.command()
-@click.argument("methods", nargs=-1, required=True, shell_complete=_complete_method)
+@click.argument(
+    "words", nargs=-1, required=True, metavar="METHOD... [KEY=VALUE]...",
+    shell_complete=_complete_method,
+)  # fmt: skip
 @click.option("--model", help="Model: embedded name, local folder or Hub id.")
 @click.option("--data", required=True, help="Data that all methods share.")
 @click.option("--budget", required=True, type=click.IntRange(1), help="Samples each may use.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1, 100))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of runs and page.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="For every method.")
 def compare(
-    methods: tuple[str, ...],
+    words: tuple[str, ...],
     model: str | None,
     data: str,
     budget: int,
     seeds: int,
     output: Path | None,
-    settings: tuple[str, ...],
 ) -> None:
-    """Train several METHODS on the same data, samples and seeds; a table and a page."""
+    """Train several METHODs on the same data, samples and seeds; a table and a page.
+
+    Settings, as KEY=VALUE, are those of every method.
+    """
+    methods = [word for word in words if "=" not in word]
+    if not methods:
+        raise PostgradError("which methods? `postgrad compare METHOD METHOD … --data …`")
     for method in methods:
-        _known(method)
+        require_implemented(method)
     from postgrad.comparison import compare as run_comparison
     from postgrad.config import merge, parse_overrides
 
-    values = merge(parse_overrides(settings), {"data": data})
+    settings = parse_overrides([word for word in words if "=" in word])
+    values = merge({"data": {"name": data}}, settings)
     if model is not None:
         values = merge(values, {"model": model})
     table, page = run_comparison(
@@ -301,14 +316,3 @@ def completion(shell: str) -> None:
     if kind is None:
         raise PostgradError(f"no completion for {shell}")
     click.echo(kind(main, {}, "postgrad", "_POSTGRAD_COMPLETE").source())
-
-
-def _known(method: str) -> Any:
-    from postgrad.catalogue import entry
-
-    found = entry(method)
-    if found.python is None:
-        raise PostgradError(
-            f"{method} is planned, not yet implemented: `postgrad list --ready` shows what is"
-        )
-    return found

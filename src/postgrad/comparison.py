@@ -1,7 +1,7 @@
 """Several methods on equal terms: the same data, samples and seeds; one table and one page."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from postgrad.config import flat, merge, resolve
 from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval
 from postgrad.reports.compare import write_compare_report
+from postgrad.tasks import Examples, load
 from postgrad.training.record import METRICS, is_run, read_rows
 
 
@@ -31,6 +32,7 @@ def compare(
     output = output or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if len(set(methods)) < len(methods):
         raise PostgradError("a method is named twice")
+    settings = _with_common_reward(methods, settings)
     costs = {method: _samples_a_step(method, settings) for method in methods}
     for method, cost in costs.items():
         if budget < cost:
@@ -50,6 +52,25 @@ def compare(
     config = {key: str(value) for key, value in flat(settings).items()}
     page = write_compare_report(runs, output / "report.html", title=title, config=config)
     return _table(methods, runs), page
+
+
+def _with_common_reward(methods: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a reward that evaluations of all methods measure, if the task brings one.
+
+    Methods that learn from pairs and methods that sample have little else in common.
+    """
+    data = settings.get("data")
+    named: Any = {"name": data} if isinstance(data, str) else data
+    measured = all("frontier" in method_class(method).Config.model_fields for method in methods)
+    if (
+        not measured
+        or not isinstance(named, Mapping)
+        or not Examples.has_test_split(named["name"])
+        or "frontier.reward" in flat(settings)
+    ):
+        return settings
+    task = load(named["name"], split="test", settings=named.get("settings"))
+    return merge(settings, {"frontier": {"reward": task.verifier}})
 
 
 def _samples_a_step(method: str, settings: dict[str, Any]) -> int:

@@ -261,3 +261,16 @@ def knockout(preferences: Tensor) -> list[list[int]]:
 
 def _match(preferences: Tensor, i: int, j: int) -> list[int]:
     return [i, j] if preferences[i, j] >= 0.5 else [j, i]
+
+
+def reward_pairs(rewards: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs in groups of rewards `[P, N]` that differ by more than `threshold`.
+
+    Returns the prompt, the better and the worse place of each, `[M]`; M may be 0.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be [P, N] with N of at least 2, got {list(rewards.shape)}")
+    if not threshold >= 0:
+        raise ValueError(f"the threshold must be at least 0, got {threshold}")
+    prompt, better, worse = (rewards.unsqueeze(2) - rewards.unsqueeze(1) > threshold).nonzero().T
+    return prompt, better, worse

@@ -15,12 +15,29 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """One of the results of a study, decided as a claim is.
+
+    The statement says that `metric` is higher (or lower) in the arm `method` than in `baseline`.
+    """
+
+    statement: str
+    metric: str
+    method: str
+    baseline: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
 class Claim:
     """The comparison that a paper stands on, small enough to rerun.
 
     `run(arm, seed, quick)` does the work of one arm under one seed; all arms get the same data,
     samples and tuning. `method` and `baseline` are the two arms whose `metric` decides. `quick`
     is the same code in seconds: it shows that everything works and decides nothing.
+
+    A study has several results: one of them is the claim, the others its `findings`, each with a
+    verdict of its own.
     """
 
     slug: str
@@ -33,9 +50,12 @@ class Claim:
     arms: tuple[str, ...]
     run: Callable[[str, int, bool], Outcome]
     notes: str = ""
+    findings: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
-        for arm in (self.method, self.baseline):
+        compared = [(self.method, self.baseline)]
+        compared += [(finding.method, finding.baseline) for finding in self.findings]
+        for arm in (arm for sides in compared for arm in sides):
             if arm not in self.arms:
                 raise ValueError(f"{arm!r} is not among the arms {self.arms}")
 

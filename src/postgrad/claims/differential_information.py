@@ -185,5 +185,12 @@ CLAIM = Claim(
     baseline="SimPO",
     arms=tuple(LOSSES),
     run=run,
-    notes="",
+    notes="The verdict is on the first half of the claim and exact: with infinite data of this kind"
+    " DPO's fit is the target to seven digits, and no other loss comes nearer than 0.03 (IPO "
+    "is the nearest by a little; each loss has its best of several beta or margin). The "
+    "second half holds in part: DPO-PG keeps the likelihood of chosen responses (it falls by "
+    "0.03 nats where DPO's falls by 1.06), and for that hardly moves towards the target. On "
+    "the opinions, a tiny language model and 300 noisy pairs, its projection changes little "
+    "(nothing at all on one seed), and the entropy of the information it learns is not lower "
+    "than DPO's.",
 )

@@ -102,15 +102,18 @@ def in_a_table(kind: Divergence, seed: int, outcomes: int = 6) -> dict[str, floa
     expert, reference = draws.softmax(-1)
 
     def dual(logits: Tensor, value: Tensor | float = 0.0) -> Tensor:
-        # beyond the floor Hellinger's loss is so large that no line search goes there
+        # beyond the floor Hellinger's loss is so large that no line search goes there; the others
+        # have none, and where a loss is flat the search ends in 0/0
+        floor = -1 + 1e-6 if kind == "hellinger" else None
         losses = f_divergence_sft(
-            logits.log_softmax(0), reference.log(), kind, 1.0, value, floor=-1 + 1e-6
+            logits.log_softmax(0), reference.log(), kind, 1.0, value, floor=floor
         )
         return (expert * losses).sum()
 
     def primal(logits: Tensor) -> Tensor:
-        policy = logits.softmax(0)
-        return f_divergence(policy, expert, kind) + (policy * (policy / reference).log()).sum()
+        log_policy = logits.log_softmax(0)  # finite, also where the policy itself underflows
+        policy = log_policy.exp()
+        return f_divergence(policy, expert, kind) + (policy * (log_policy - reference.log())).sum()
 
     start = reference.log()
     fixed, _ = minimum(lambda variables: dual(variables), start)
@@ -159,5 +162,11 @@ CLAIM = Claim(
     baseline="SFT",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="Not separable with three seeds: after the Hellinger form one seed's DPO ran far from its"
+    " start (4.9 nats) and ended at 1.15, the other two seeds end above plain SFT; the "
+    "smaller learning rate alone (SFT, rate/4) is as good as any. What does hold on every "
+    "seed: a smaller KL to the reference after SFT by Hellinger or by the smaller rate (not "
+    "with Pearson). Rates and betas were fixed before the reported seeds and"
+    " not tuned arm by arm. The values called table are exact optima for random distributions"
+    " over six outcomes.",
 )

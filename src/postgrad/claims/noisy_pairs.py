@@ -5,7 +5,7 @@ scaled to a standard deviation of 3. Shifted points lie around another centre, a
 a policy do that has moved on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,23 +23,31 @@ from postgrad.seeding import derive, generator
 
 FEATURES, HIDDEN, SPREAD, SHIFT = 32, 64, 3.0, 1.0
 BATCH, RATE = 64, 1e-3
+HELD_OUT = 4000
 CANDIDATES, PROMPTS = 4, 16  # of MetaRM
+
+Reward = Callable[[Tensor], Tensor]  # of points `[..., d]`
 
 
 @dataclass(frozen=True)
 class NoisyPairs:
-    """`points` `[M, 2, d]`, chosen first; where a label was `flipped` `[M]` or agrees with the true
-    reward, `right` `[M]`; and pairs `[m, 2, d]` in true order, of the same points and shifted."""
+    """Pairs of points, the one that is labelled as better first.
+
+    `points` `[M, 2, d]` to train on: a label was `flipped` `[M]`, and in the end agrees with the
+    true reward, or not (`right` `[M]`). `validation` `[m, 2, d]` has the same noise; `clean` and
+    `shifted` `[n, 2, d]` are in true order, the second around another `centre` `[d]`.
+    """
 
     points: Tensor
     flipped: Tensor
     right: Tensor
+    validation: Tensor
     clean: Tensor
     shifted: Tensor
     centre: Tensor
 
     @classmethod
-    def draw(cls, seed: int, count: int, flip_rate: float, held_out: int = 4000) -> "NoisyPairs":
+    def draw(cls, seed: int, count: int, flip_rate: float) -> "NoisyPairs":
         world = generator(seed, "noisy pairs")
         inner = torch.randn(FEATURES, HIDDEN, generator=world) / FEATURES**0.5
         outer = torch.randn(HIDDEN, generator=world)
@@ -47,31 +55,31 @@ class NoisyPairs:
         def raw(points: Tensor) -> Tensor:
             return torch.tanh(2 * points @ inner) @ outer
 
-        probe = raw(torch.randn(4000, FEATURES, generator=world))
+        scale = SPREAD / raw(torch.randn(4000, FEATURES, generator=world)).std()
         centre = SHIFT * torch.randn(FEATURES, generator=world)
 
-        def reward(points: Tensor) -> Tensor:
-            return SPREAD * raw(points) / probe.std()
+        def ordered(size: int, around: float | Tensor = 0.0) -> Tensor:
+            points = around + torch.randn(size, 2, FEATURES, generator=world)
+            values = raw(points)
+            return _swapped(points, values[:, 0] < values[:, 1])
 
-        def ordered(points: Tensor) -> Tensor:
-            values = reward(points)
-            swap = values[:, 0] < values[:, 1]
-            return torch.where(swap[:, None, None], points.flip(1), points)
+        def labelled(size: int) -> tuple[Tensor, Tensor, Tensor]:
+            points = ordered(size)
+            gap = scale * (raw(points)[:, 0] - raw(points)[:, 1])
+            chance = torch.rand(2, size, generator=world)
+            flipped = chance[1] < flip_rate
+            right = (chance[0] < torch.sigmoid(gap)) ^ flipped
+            return _swapped(points, ~right), flipped, right
 
-        points = ordered(torch.randn(count, 2, FEATURES, generator=world))
-        gap = reward(points).diff(dim=1).abs().squeeze(1)
-        chance = torch.rand(2, count, generator=world)
-        flipped = chance[1] < flip_rate
-        right = (chance[0] < torch.sigmoid(gap)) ^ flipped
-        points = torch.where(right[:, None, None], points, points.flip(1))
-        clean = ordered(torch.randn(held_out, 2, FEATURES, generator=world))
-        shifted = ordered(centre + torch.randn(held_out, 2, FEATURES, generator=world))
-        return cls(points, flipped, right, clean, shifted, centre)
+        validation, _, _ = labelled(HELD_OUT)
+        return cls(
+            *labelled(count), validation, ordered(HELD_OUT), ordered(HELD_OUT, centre), centre
+        )
 
-    def fit(
+    def train(
         self, epochs: int, *stream: object, treatment: Treatment | None = None, eta: float = 0.0
-    ) -> Callable[[Tensor], Tensor]:
-        """A reward network after `epochs` of Adam; with `eta`, by MetaRM on unlabelled points.
+    ) -> Iterator[Reward]:
+        """A reward network after every epoch of Adam; with `eta`, by MetaRM on unlabelled points.
 
         `stream` names its initial weights and the order of the pairs.
         """
@@ -84,38 +92,48 @@ class NoisyPairs:
         optimiser = torch.optim.Adam(network.parameters(), lr=RATE)
         random = generator(0, "candidates", *stream)
         order = Epochs(len(pairs.kept), BATCH, derive(0, "order", *stream))
+
+        def learn(index: Tensor) -> None:
+            rewards = network(self.points[index])
+            losses = bradley_terry(
+                rewards[:, 0] - rewards[:, 1],
+                smoothing=pairs.smoothing[index],
+                margin=pairs.margin[index],
+                flip=pairs.flip[index],
+            )
+            optimiser.zero_grad()
+            losses.mean().backward()
+            optimiser.step()
+
         for step in range(epochs * order.per_epoch):
             index = pairs.kept[order.indices(step)]
+            if eta:
+                candidates = torch.randn(PROMPTS, CANDIDATES, FEATURES, generator=random)
+                spread = spread_of_rewards(network(self.centre + candidates)).mean()
+                direction = list(torch.autograd.grad(spread, trainable(network)))
+                with displaced(network, direction, eta):
+                    learn(index)
+            else:
+                learn(index)
+            if (step + 1) % order.per_epoch == 0:
+                yield network
 
-            def learn(index: Tensor = index) -> None:
-                rewards = network(self.points[index])
-                losses = bradley_terry(
-                    rewards[:, 0] - rewards[:, 1],
-                    smoothing=pairs.smoothing[index],
-                    margin=pairs.margin[index],
-                    flip=pairs.flip[index],
-                )
-                optimiser.zero_grad()
-                losses.mean().backward()
-                optimiser.step()
+    def ensemble(self, models: int, epochs: int, seed: int) -> list[Reward]:
+        """Networks of different initial weights and orders, trained on these very pairs."""
+        return [list(self.train(epochs, seed, "ensemble", k))[-1] for k in range(models)]
 
-            if not eta:
-                learn()
-                continue
-            candidates = torch.randn(PROMPTS, CANDIDATES, FEATURES, generator=random)
-            spread = spread_of_rewards(network(self.centre + candidates)).mean()
-            direction = list(torch.autograd.grad(spread, trainable(network)))
-            with displaced(network, direction, eta):
-                learn()
-        return network.requires_grad_(False)
-
-    def strength(self, models: int, epochs: int, seed: int) -> tuple[Tensor, Tensor]:
-        """mu and sigma `[M]` of an ensemble trained on these very pairs."""
-        ensemble = [self.fit(epochs, seed, "ensemble", k) for k in range(models)]
-        return preference_strength(torch.stack([model(self.points) for model in ensemble]))
+    @torch.no_grad()
+    def strength(self, ensemble: list[Reward]) -> Tensor:
+        """mu `[M]` of the pairs."""
+        return preference_strength(torch.stack([model(self.points) for model in ensemble]))[0]
 
 
-def share_right(model: Callable[[Tensor], Tensor], ordered: Tensor) -> float:
-    """How many pairs `[m, 2, d]` in true order a reward orders so."""
-    rewards = model(ordered)
+def _swapped(points: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where[:, None, None], points.flip(1), points)
+
+
+@torch.no_grad()
+def share_right(model: Reward, pairs: Tensor) -> float:
+    """How many pairs `[m, 2, d]` a reward orders as they are."""
+    rewards = model(pairs)
     return float((rewards[:, 0] > rewards[:, 1]).float().mean())

@@ -137,15 +137,20 @@ def sample(
 
 
 def preferences(
-    policy: LanguagePolicy, seed: int, flip_rate: float = 0.0, temperature: float = 1.0
+    policy: LanguagePolicy,
+    seed: int,
+    flip_rate: float = 0.0,
+    temperature: float = 1.0,
+    samples: int = 4,
 ) -> list[dict[str, str]]:
-    """Two pairs of different, not empty, opinions on a training subject, labelled by Bradley-Terry.
+    """Pairs of different, not empty, opinions on the training subjects, labelled by Bradley-Terry.
 
-    P(a over b) = sigma(gold(a) - gold(b)); each label is then flipped with `flip_rate`, once.
+    P(a over b) = sigma(gold(a) - gold(b)); each label is then flipped with `flip_rate`, once. Of
+    `samples` opinions on every subject each two are a pair.
     The opinions are drawn at `temperature`: below 1 they cover less of what may be said.
     """
     prompts = subjects()["training"]
-    texts = sample(policy, prompts, 4, "pairs", seed, temperature=temperature).texts
+    texts = sample(policy, prompts, samples, "pairs", seed, temperature=temperature).texts
     chance = torch.rand(len(texts) // 2, 2, generator=generator(seed, "labels")).tolist()
     rows = []
     for i, (label, flip) in enumerate(chance):
@@ -155,7 +160,8 @@ def preferences(
         wins = torch.sigmoid(torch.tensor(gold(first) - gold(second))).item()
         if (label < wins) == (flip < flip_rate):
             first, second = second, first
-        rows.append({"prompt": prompts[i // 2], "chosen": first, "rejected": second})
+        prompt = prompts[2 * i // samples]
+        rows.append({"prompt": prompt, "chosen": first, "rejected": second})
     return rows
 
 

@@ -11,36 +11,42 @@ from postgrad.advantages.group import leave_one_out
 from postgrad.advantages.penalties import kl_penalised
 from postgrad.advantages.running_means import MovingMean
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.opinions import BUDGETS, TOKENS, gold, reference_policy, subjects, trained
-from postgrad.objectives.trajectory import clipped_responses, p3o_loss
+from postgrad.claims.opinions import TOKENS, gold, reference_policy, subjects, trained
+from postgrad.objectives.trajectory import Clipping, clipped_responses, p3o_loss
 from postgrad.seeding import generator
 
-PROMPTS, ACTIONS, ROUNDS, BATCH, EPOCHS, RATE = 16, 8, 300, 64, 2, 0.5
-BETA, EPS, SHIFTS = 0.02, 0.2, (0, 3, 10)
+PROMPTS, ACTIONS, WORLDS, ROUNDS, BATCH, EPOCHS, RATE = 16, 8, 3, 300, 64, 2, 0.5
+BETA, EPS, SCALES = 0.02, 0.2, (0, 3, 10)
 METRIC = "share of the best reward, shifts of 10"
-STEPS, SHIFT, WINDOW = 100, 5.0, 640
+STEPS, SHIFT, WINDOW = 48, 5.0, 640
 
-# what a pair of responses is learnt by: its rewards, or advantages from them
+# what prompts `[B]` and rewards `[B, 2]` are turned into: what the responses are learnt by
 Credit = Callable[[Tensor, Tensor], Tensor]
-# slug, settings and learning rate on the opinions: see the notes
+ARMS = (
+    "P3O",
+    "P3O, joint clipping",
+    "RLOO",
+    "moving-average baseline",
+    "value of each prompt",
+)
+# on the opinions; learning rates: see the notes
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "P3O": ("p3o", {"learning_rate": 1e-4}),
-    "P3O, joint clipping": ("p3o", {"clipping": "joint", "learning_rate": 1e-4}),
-    "RLOO": ("rloo", {"learning_rate": 1e-4}),
+    "P3O": ("p3o", {"learning_rate": 3e-5}),
+    "RLOO": ("rloo", {"learning_rate": 3e-5}),
     "moving-average baseline": (
         "rloo",
-        {"baseline": "moving-average", "baseline_window": WINDOW, "learning_rate": 1e-4},
+        {"baseline": "moving-average", "baseline_window": WINDOW, "learning_rate": 3e-5},
     ),
 }
-ARMS = (*METHODS, "value of each prompt")
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     found = on_the_bandit(arm, seed, 10 if quick else ROUNDS)
-    if arm not in METHODS:
-        return found
     values, curves = dict(found.values), dict(found.curves)
-    for name, shift in (("opinions", 0.0), ("shifted opinions", SHIFT)):
+    shifts = {"shifted opinions": SHIFT} if arm in METHODS else {}
+    if arm == "moving-average baseline":  # the only one to which the shift makes a difference
+        shifts["opinions"] = 0.0
+    for name, shift in shifts.items():
         on_text = on_opinions(arm, seed, quick, shift)
         values |= {f"{name}: {key}": value for key, value in on_text.values.items()}
         curves |= {f"{name}: {key}": curve for key, curve in on_text.curves.items()}
@@ -51,40 +57,41 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
 
 
 def on_the_bandit(arm: str, seed: int, rounds: int) -> Outcome:
-    """A table of logits learns from rewards r(x, y) + s delta(x), for each scale s of the shift."""
+    """Means over bandits; tables of logits learn from r(x, y) + s delta(x), for each scale s."""
     values, curves = {}, {}
-    for scale in SHIFTS:
-        curve = learnt(arm, seed, rounds, float(scale))
+    for scale in SCALES:
+        several = [learnt(arm, seed, world, rounds, float(scale)) for world in range(WORLDS)]
+        mean = torch.tensor(several, dtype=torch.float64).mean(0).tolist()
         name = f"share of the best reward, shifts of {scale}"
-        values[name] = curve[-1][1]
-        curves[name] = curve[:: max(1, rounds // 30)]
+        values[name] = mean[-1]
+        curves[name] = [(float(i), mean[i]) for i in range(0, rounds + 1, max(1, rounds // 30))]
     return Outcome(values, curves)
 
 
-def learnt(arm: str, seed: int, rounds: int, scale: float) -> list[tuple[float, float]]:
+def learnt(arm: str, seed: int, world: int, rounds: int, scale: float) -> list[float]:
     """Expected true reward over that of the best actions, after each round, by exact sums."""
-    world = generator(seed, "bandit")
-    reward = torch.randn(PROMPTS, ACTIONS, generator=world, dtype=torch.float64)
-    observed = reward + scale * torch.randn(PROMPTS, 1, generator=world, dtype=torch.float64)
+    table = generator(seed, "bandit", world)
+    reward = torch.randn(PROMPTS, ACTIONS, generator=table, dtype=torch.float64)
+    observed = reward + scale * torch.randn(PROMPTS, 1, generator=table, dtype=torch.float64)
     logits = torch.zeros(PROMPTS, ACTIONS, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.SGD([logits], lr=RATE)
     uniform = torch.zeros(PROMPTS, ACTIONS).double().log_softmax(-1)
     credit = credits(arm)
-    draws = generator(seed, "draws")
+    draws = generator(seed, "draws", world)
     best = float(reward.amax(1).mean())
-    curve = [(0.0, float(reward.mean()) / best)]
-    for number in range(rounds):
+    curve = [float(reward.mean()) / best]
+    for _ in range(rounds):
         prompts = torch.randint(PROMPTS, (BATCH,), generator=draws)
         before = logits.detach().log_softmax(-1)
         actions = before.exp()[prompts].multinomial(2, replacement=True, generator=draws)
-        old, reference = (table[prompts].gather(1, actions) for table in (before, uniform))
-        worth = credit(
-            prompts, kl_penalised(observed[prompts].gather(1, actions), old, reference, BETA)
+        old, reference, found = (
+            values[prompts].gather(1, actions) for values in (before, uniform, observed)
         )
+        worth = credit(prompts, kl_penalised(found, old, reference, BETA))
         for _ in range(EPOCHS):
             now = logits.log_softmax(-1)[prompts].gather(1, actions)
             if arm.startswith("P3O"):
-                clipping = "joint" if "joint" in arm else "separate"
+                clipping: Clipping = "joint" if "joint" in arm else "separate"
                 losses = p3o_loss(now, old, worth, EPS, clipping)
             else:
                 losses = clipped_responses(now, old, worth, EPS)
@@ -92,12 +99,12 @@ def learnt(arm: str, seed: int, rounds: int, scale: float) -> list[tuple[float, 
             losses.mean().backward()
             optimiser.step()
         policy = logits.detach().softmax(-1)
-        curve.append((number + 1.0, float((policy * reward).sum(1).mean()) / best))
+        curve.append(float((policy * reward).sum(1).mean()) / best)
     return curve
 
 
 def credits(arm: str) -> Credit:
-    """What an arm makes of prompts `[B]` and rewards `[B, 2]`."""
+    """What an arm learns its pairs by."""
     if arm.startswith("P3O"):
         return lambda prompts, rewards: rewards
     if arm == "RLOO":
@@ -143,6 +150,7 @@ def on_opinions(arm: str, seed: int, quick: bool, shift: float) -> Outcome:
         slug,
         {
             "beta": 0.05,
+            "batch_size": 4 if quick else 32,
             "epochs": EPOCHS,
             "rollout": {"samples": 2, "max_new_tokens": TOKENS},
             **settings,
@@ -150,9 +158,9 @@ def on_opinions(arm: str, seed: int, quick: bool, shift: float) -> Outcome:
         policy,
         {"data": [{"prompt": text} for text in subjects()["training"]], "reward": reward},
         seed,
-        steps=4 if quick else STEPS,
-        every=2 if quick else 10,
-        samples=30 if quick else 300,
+        steps=2 if quick else STEPS,
+        every=2 if quick else 12,
+        samples=30 if quick else 240,
     )
 
 

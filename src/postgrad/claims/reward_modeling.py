@@ -1,16 +1,22 @@
 """Reward modelling's claim: an ensemble finds wrong labels, and what it finds mends the reward."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.noisy_pairs import NoisyPairs, share_right
+from postgrad.claims.noisy_pairs import NoisyPairs, Reward, share_right
 from postgrad.claims.opinions import TOKENS, gold, reference_policy, sample, subjects
 from postgrad.claims.stepping import train_in_steps
 from postgrad.evaluation.statistics import separation
-from postgrad.methods.language.rlhf.preference_strength import Treatment, treated, untreated
+from postgrad.methods.language.rlhf.preference_strength import (
+    Treatment,
+    parse_remedies,
+    treated,
+    untreated,
+)
 from postgrad.models.language import LanguagePolicy
 from postgrad.models.scalar import ScalarModel
 from postgrad.objectives.reward_modeling import weakest
@@ -21,24 +27,26 @@ FLIP_RATE, SHARE = 0.2, 0.2
 PAIRS, MODELS, ENSEMBLE_EPOCHS, EPOCHS, ETA = 4000, 10, 2, 12, 0.1
 METRIC = "accuracy on clean pairs"
 
-# arms by name: the remedies, and the settings besides
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "flip and margin": ("flip+margin", {}),
-    "plain": ("none", {}),
-    "flip": ("flip", {}),
-    "margin": ("margin", {}),
-    "soft labels": ("soft", {}),
-    "drop": ("drop", {}),
-    "smoothing 0.1": ("none", {"label_smoothing": 0.1}),
-    "MetaRM": ("none", {}),
+# arms by name: the remedies, and the constant of label smoothing
+ARMS: dict[str, tuple[str, float]] = {
+    "flip and margin": ("flip+margin", 0.0),
+    "plain": ("none", 0.0),
+    "flip": ("flip", 0.0),
+    "margin": ("margin", 0.0),
+    "soft labels": ("soft", 0.0),
+    "drop": ("drop", 0.0),
+    "smoothing 0.1": ("none", 0.1),
+    "MetaRM": ("none", 0.0),
 }
+MEAN = "mean of the ensemble"
 ALONE = ("weakest 20 % alone", "strongest 20 % alone")
-EACH, STEPS, RATE, OPINION_ETA = 6, 60, 1e-3, 0.1
+ON_OPINIONS = ("flip and margin", "plain")
+EACH, STEPS, RATE, OPINION_MODELS = 5, 60, 5e-4, 5
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     exact = on_points(arm, seed, quick)
-    if arm in ALONE:
+    if arm not in ON_OPINIONS:
         return exact
     found = on_opinions(arm, seed, quick)
     return Outcome(
@@ -47,23 +55,46 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     )
 
 
+@cache
+def _world(seed: int, quick: bool) -> tuple[NoisyPairs, list[Reward]]:
+    """The pairs and the ensemble, which are the same for all arms."""
+    pairs = NoisyPairs.draw(seed, PAIRS // (10 if quick else 1), FLIP_RATE)
+    return pairs, pairs.ensemble(2 if quick else MODELS, ENSEMBLE_EPOCHS, seed)
+
+
 def on_points(arm: str, seed: int, quick: bool) -> Outcome:
     """The deciding numbers: rewards of points, fitted to labels of which some are flipped."""
-    shrink = 10 if quick else 1
-    pairs = NoisyPairs.draw(seed, PAIRS // shrink, FLIP_RATE)
-    strength, _ = pairs.strength(2 if quick else MODELS, ENSEMBLE_EPOCHS, seed)
-    eta = ETA if arm == "MetaRM" else 0.0
-    model = pairs.fit(EPOCHS // shrink, seed, "final", treatment=_treatment(arm, strength), eta=eta)
+    pairs, ensemble = _world(seed, quick)
+    strength = pairs.strength(ensemble)
+    if arm == MEAN:
+        training = iter([lambda points: torch.stack([model(points) for model in ensemble]).mean(0)])
+    else:
+        training = pairs.train(
+            1 if quick else EPOCHS,
+            seed,
+            "final",
+            treatment=_treatment(arm, strength),
+            eta=ETA if arm == "MetaRM" else 0.0,
+        )
+    followed = [
+        [share_right(model, held) for held in (pairs.validation, pairs.clean, pairs.shifted)]
+        for model in training
+    ]
+    _, clean, shifted = max(followed)  # that of the best epoch by pairs that are noisy themselves
+    found = separation((-strength[pairs.flipped]).tolist(), (-strength[~pairs.flipped]).tolist())
     values = {
-        METRIC: share_right(model, pairs.clean),
-        "accuracy on shifted pairs": share_right(model, pairs.shifted),
-        "flips found (AUC)": separation(
-            (-strength[pairs.flipped]).tolist(), (-strength[~pairs.flipped]).tolist()
-        ),
+        METRIC: clean,
+        "accuracy on shifted pairs": shifted,
+        "accuracy on clean pairs at the end": followed[-1][1],
+        "flips found (AUC)": found,
     }
     tenths = strength.argsort().tensor_split(10)
     right = [float(pairs.right[part].float().mean()) for part in tenths]
-    return Outcome(values, {"right labels over tenth of strength": list(_numbered(right))})
+    curves = {
+        "accuracy over epochs": _numbered([clean for _, clean, _ in followed]),
+        "right labels over tenth of strength": _numbered(right),
+    }
+    return Outcome(values, curves)
 
 
 def _treatment(arm: str, strength: torch.Tensor) -> Treatment:
@@ -71,38 +102,38 @@ def _treatment(arm: str, strength: torch.Tensor) -> Treatment:
     if arm in ALONE:
         chosen = weakest(strength if arm == ALONE[0] else -strength, SHARE)
         return replace(untreated(count, 0.0), kept=chosen.nonzero().squeeze(1))
-    remedies, settings = ARMS[arm]
-    smoothing = settings.get("label_smoothing", 0.0)
-    if remedies == "none":
-        return untreated(count, smoothing)
-    return treated(strength, tuple(remedies.split("+")), SHARE, smoothing)
+    remedies, smoothing = ARMS[arm]
+    return treated(strength, parse_remedies(remedies), SHARE, smoothing)
 
 
-def _numbered(values: list[float]) -> Any:
-    return ((float(number), value) for number, value in enumerate(values, start=1))
+def _numbered(values: list[float]) -> list[tuple[float, float]]:
+    return [(float(number), value) for number, value in enumerate(values, start=1)]
 
 
 def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
     """The method on a language model: how it orders opinions by their gold reward."""
     policy = reference_policy(seed, *([5] if quick else []))
-    models = 2 if quick else MODELS
-    remedies, settings = ARMS[arm]
+    models = 2 if quick else OPINION_MODELS
+    remedies, _ = ARMS[arm]
+    settings: dict[str, Any] = {}
     if remedies != "none":
-        settings = {**settings, "strength": remedies, "flip_share": SHARE, "ensemble": models}
-    rows = labelled(policy, seed, 1 if quick else EACH)
+        settings = {
+            "strength": remedies,
+            "flip_share": SHARE,
+            "ensemble": models,
+            "ensemble_epochs": ENSEMBLE_EPOCHS,
+        }
+    rows = labelled(policy, seed, 1 if quick else EACH, keep_ties=quick)
     model = ScalarModel.on_body_of(policy)
-    objects: dict[str, Any] = {"model": model, "data": rows}
-    if arm == "MetaRM":
-        objects["meta_data"] = unlabelled(policy, seed)
-        settings = {**settings, "meta": {"rate": OPINION_ETA}}
     training = train_in_steps(
         "reward-modeling",
         seed,
-        objects,
+        {"model": model, "data": rows},
         data={"name": "opinions", "flip_rate": FLIP_RATE},
         steps=(10 if quick else STEPS) + (models if remedies != "none" else 0),
         batch_size=32,
         learning_rate=RATE,
+        schedule="linear",
         max_response_tokens=TOKENS,
         **settings,
     )
@@ -114,32 +145,30 @@ def on_opinions(arm: str, seed: int, quick: bool) -> Outcome:
     reward = LearnedReward(model)
     for name, best_of in (("accuracy on clean pairs", 1), ("accuracy on shifted pairs", 4)):
         values[name] = accuracy(reward, policy, seed, best_of)
-    curves = {"unflipped labels over tenth of strength": list(_numbered(tenths))} if tenths else {}
+    curves = {"unflipped labels over tenth of strength": _numbered(tenths)} if tenths else {}
     return Outcome(values, curves)
 
 
-def labelled(policy: LanguagePolicy, seed: int, each: int) -> list[dict[str, str]]:
-    """`each` pairs of different opinions on a training subject, labelled by Bradley-Terry."""
+def labelled(
+    policy: LanguagePolicy, seed: int, each: int, *, keep_ties: bool
+) -> list[dict[str, str]]:
+    """At most `each` pairs of unlike worth on a training subject, P = sigma(3 times the gap)."""
     chance = generator(seed, "reward labels")
     rows = []
     for prompt, first, second in _couples(policy, "training", 2 * each, 1, seed):
-        wins = torch.sigmoid(torch.tensor(gold(first) - gold(second)))
+        gap = gold(first) - gold(second)
+        wins = torch.sigmoid(torch.tensor(3 * gap))
+        if gap == 0 and not keep_ties:
+            continue
         if torch.rand((), generator=chance) >= wins:
             first, second = second, first
         rows.append({"prompt": prompt, "chosen": first, "rejected": second})
     return rows
 
 
-def unlabelled(policy: LanguagePolicy, seed: int) -> list[dict[str, Any]]:
-    """Four opinions on every training subject, as the policy writes them that has moved on."""
-    found = _opinions(policy, "training", 4, 4, seed)
-    several = [(prompt, list(dict.fromkeys(texts))) for prompt, texts in found]
-    return [{"prompt": p, "responses": texts} for p, texts in several if len(texts) > 1]
-
-
 def accuracy(reward: LearnedReward, policy: LanguagePolicy, seed: int, best_of: int) -> float:
     """The share of pairs on test subjects that a reward orders as the gold reward does."""
-    couples = _couples(policy, "test", 20, best_of, seed)
+    couples = _couples(policy, "test", 40 // best_of, best_of, seed)
     ordered = [
         (prompt, *sorted((one, other), key=gold))
         for prompt, one, other in couples
@@ -187,7 +216,7 @@ CLAIM = Claim(
     higher_is_better=True,
     method="flip and margin",
     baseline="plain",
-    arms=(*ARMS, *ALONE),
+    arms=(*ARMS, MEAN, *ALONE),
     run=run,
     notes="",
 )

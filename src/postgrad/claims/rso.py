@@ -61,6 +61,11 @@ class Ranker:
         values: list[float] = torch.sigmoid(gaps).tolist()
         return values
 
+    def scores(self, completions: list[str]) -> list[float]:
+        """The reward behind the probabilities."""
+        values: list[float] = (self._counts(completions) @ self._weights.detach()).tolist()
+        return values
+
     def accuracy(self, texts: list[str]) -> float:
         """How often it orders neighbours as the gold reward does, where that differs."""
         first, second = texts[::2], texts[1::2]
@@ -159,5 +164,10 @@ CLAIM = Claim(
     baseline="direct",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="The verdict is on the reward after 100 steps with one learning rate (1e-4) for all arms,"
+    " not tuned arm by arm. By then RSO has gone further than direct training on the data's "
+    "pairs: 15 to 17 nats against 3 to 6. Within 1 nat it is still ahead of direct training "
+    "on each seed, but on each seed behind pairs of the reference's own samples without "
+    "rejection (sft-sample-rank), which falls back only later. That more candidates bring the"
+    " accepted ones nearer to the target is exact: the distances called pi_r.",
 )

@@ -1,6 +1,7 @@
 """Running a claim: every arm under every seed, resumable, and the verdict with its intervals."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -13,7 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from postgrad.claims.base import Claim, Outcome, load_claim
+from postgrad.claims.base import Claim, Finding, Outcome, load_claim
+from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval, verdict
 
 
@@ -62,25 +64,28 @@ def summarise(
     def values(arm: str, name: str) -> list[float]:
         return [found[arm, seed]["values"][name] for seed in range(seeds)]
 
-    def side(arm: str) -> dict[str, Any]:
-        return {"name": arm, **asdict(mean_interval(values(arm, claim.metric)))}
+    def compared(sides: Claim | Finding) -> dict[str, Any]:
+        """Both sides with their intervals, and the verdict."""
+        method, baseline = (values(arm, sides.metric) for arm in (sides.method, sides.baseline))
+        holds = verdict(method, baseline, sides.higher_is_better)
+        return {
+            "metric": sides.metric,
+            "higher_is_better": sides.higher_is_better,
+            "method": {"name": sides.method, **asdict(mean_interval(method))},
+            "baseline": {"name": sides.baseline, **asdict(mean_interval(baseline))},
+            "holds": "quick run, not decided" if quick else holds,
+        }
 
-    holds = verdict(
-        values(claim.method, claim.metric),
-        values(claim.baseline, claim.metric),
-        claim.higher_is_better,
-    )
     return {
         "slug": claim.slug,
         "claim": claim.statement,
         "task": claim.task,
-        "metric": claim.metric,
-        "higher_is_better": claim.higher_is_better,
-        "method": side(claim.method),
-        "baseline": side(claim.baseline),
+        **compared(claim),
         "seeds": seeds,
-        "holds": "quick run, not decided" if quick else holds,
         "seconds": round(sum(outcome["seconds"] for outcome in found.values()), 1),
+        "findings": [
+            {"statement": finding.statement, **compared(finding)} for finding in claim.findings
+        ],
         "notes": claim.notes,
         "arms": {
             arm: {name: values(arm, name) for name in found[arm, 0]["values"]} for arm in claim.arms
@@ -129,4 +134,7 @@ def _one_thread() -> None:
 def _one(slug: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     started = time.perf_counter()
     outcome: Outcome = load_claim(slug).run(arm, seed, quick)
+    for name, value in outcome.values.items():
+        if not math.isfinite(value):
+            raise PostgradError(f"{slug}, {arm}, seed {seed}: {name} is {value}")
     return {**asdict(outcome), "seconds": time.perf_counter() - started}

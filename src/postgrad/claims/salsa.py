@@ -19,20 +19,21 @@ from postgrad.claims.symbols import (
     strings,
 )
 from postgrad.models.language import LanguagePolicy
-from postgrad.models.snapshots import soup
+from postgrad.models.snapshots import Snapshot, soup
 
 DEMONSTRATIONS, SFT_STEPS, SFT_BATCH, SFT_RATE = 60, 250, 32, 2e-3
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BETAS = (0.1, 0.2)
-BUDGET = 3.0
-STEPS, QUICK = 50, 5
+BUDGETS = (10, 15)
+STEPS, QUICK = 20, 5
 METRIC = f"score at the end, beta {BETAS[-1]:g}"
 # the same for all arms
 PPO: dict[str, Any] = {
     "rollout": ROLLOUT,
+    "batch_size": 32,
     "learning_rate": 1e-3,
     "critic_rate": 1.0,
-    "epochs": 2,
+    "epochs": 4,
 }
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "SALSA": ("salsa", {}),
@@ -50,7 +51,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     first = fine_tuned(0, seed, quick)
     values: dict[str, float] = {}
     curves: dict[str, list[tuple[float, float]]] = {}
-    reached = [measure(first, first, hidden, seed, 0).score]  # by staying there
+    everything = [(0, measure(first, first, hidden, seed, 0))]  # by staying there
     for beta in BETAS:
         points = list(
             followed(
@@ -60,8 +61,9 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
                 hidden,
                 seed,
                 steps=2 if quick else STEPS,
-                every=1 if quick else 5,
+                every=1 if quick else 4,
                 reference=first,
+                count=2 if quick else 32,
                 kl_coefficient=beta,
                 **{**PPO, **settings},
             )
@@ -71,8 +73,10 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         values[f"KL to the first at the end, beta {beta:g}"] = last.divergence
         curves[f"score, beta {beta:g}"] = [(float(step), p.score) for step, p in points]
         curves[f"score over KL, beta {beta:g}"] = [(p.divergence, p.score) for _, p in points]
-        reached += [p.score for _, p in points if p.divergence <= BUDGET]
-    values[f"score within {BUDGET:g} nats of the first"] = max(reached)
+        everything += points
+    for budget in BUDGETS:
+        allowed = [point.score for _, point in everything if point.divergence <= budget]
+        values[f"best score within {budget} nats of the first"] = max(allowed)
     if arm == "SALSA":
         curves |= along_the_line(seed, quick)
     return Outcome(values, curves)
@@ -115,11 +119,11 @@ def along_the_line(seed: int, quick: bool) -> dict[str, list[tuple[float, float]
     tests = demonstrations(seed)[2 * DEMONSTRATIONS :]
     asked = [policy.render(row["prompt"]) for row in tests]
     wanted = [policy.encode_response(row["completion"]) for row in tests]
-    weights = [dict(model.named_parameters()) for model in (first, second)]
+    weights = [Snapshot(model).weights for model in (first, second)]
     scores, losses = [], []
     for share in SHARES:
         policy.load_state_dict(soup(weights, [share, 1 - share]), strict=False)
-        drawn = measure(policy, first, hidden_score(seed), seed, "line", count=64)
+        drawn = measure(policy, first, hidden_score(seed), seed, "line", count=4 if quick else 64)
         said = policy.score(asked, wanted)
         scores.append((share, drawn.score))
         losses.append((share, -float(said.logprobs[said.mask].mean())))
@@ -132,13 +136,19 @@ CLAIM = Claim(
     "score than with the first model as the reference, at an equal weight of the KL.",
     task="a tiny language model writes strings of 12 letters; hidden numbers for pairs of "
     "neighbours add up to a score, a fifth of which is the reward; two models fine-tuned on 60 "
-    "better strings each; PPO from the first, 50 steps of 64 rollouts, beta 0.1 and 0.2; true "
-    "score of 256 fresh strings",
+    "better strings each; PPO from the first, 20 steps of 32 rollouts, beta 0.1 and 0.2 "
+    "(which decides); true score of 256 fresh strings",
     metric=METRIC,
     higher_is_better=True,
     method="SALSA",
     baseline="PPO",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="All arms have one learning rate: of 5e-4, 1e-3 and 2e-3, tried with beta 0.2 on seed 100 "
+    "(not reported), 1e-3 was the best for PPO and 2e-3 for SALSA. Each model knows its 60 "
+    "strings by heart (250 steps at 2e-3); after 100 steps at 1e-3 the two were so alike that "
+    "the score along the line between them was nearly flat. An equal weight of the KL is no "
+    "equal freedom: KL is measured to the first model in all arms, and the best score within "
+    "10 and 15 nats of it, over all weights and steps, is what equal KL buys. The curves over "
+    "the share are of soups before any reinforcement learning.",
 )

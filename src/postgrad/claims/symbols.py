@@ -44,12 +44,21 @@ def worth(hidden: Tensor, prompt: str, text: str) -> float:
     return sum(table[a][b] for a, b in neighbours if a >= 0 and b >= 0)
 
 
-def score_by(hidden: Tensor, scale: float = 0.2) -> Callable[..., list[float]]:
-    """A reward function: `scale` times the score of a response."""
+def score_by(hidden: Tensor, scale: float = 0.2, noise: float = 0.0) -> Callable[..., list[float]]:
+    """A reward function: `scale` times the score of a response, plus an error.
+
+    The error is normal with deviation `noise` and always the same for a string, as that of a reward
+    model is.
+    """
+
+    def error(string: str) -> float:
+        if not noise:
+            return 0.0
+        return noise * float(torch.randn((), generator=generator(0, "error", string)))
 
     def score(prompts: list[str], completions: list[str]) -> list[float]:
         pairs = zip(prompts, completions, strict=True)
-        return [scale * worth(hidden, prompt, text) for prompt, text in pairs]
+        return [scale * worth(hidden, a, text) + error(a + text) for a, text in pairs]
 
     return score
 
@@ -172,15 +181,17 @@ def followed(
     steps: int,
     every: int = 10,
     reference: LanguagePolicy | None = None,
+    count: int = 32,
     **settings: Any,
 ) -> Iterator[tuple[int, Measured]]:
     """Train `policy` by a method; its true score and KL before and after every `every` steps.
 
     The KL is to `reference`, by default the reference policy of `seed`, whatever the method's own
-    is. `objects` are what the method takes from Python besides the model: `data`, `reward` …
+    is; both are of `count` strings for every prompt. `objects` are what the method takes from
+    Python besides the model: `data`, `reward` …
     """
     reference = reference or reference_policy(seed)
-    yield 0, measure(policy, reference, hidden, seed, 0)
+    yield 0, measure(policy, reference, hidden, seed, 0, count=count)
     training = train_in_steps(
         slug,
         seed,
@@ -190,7 +201,7 @@ def followed(
     )
     for step, _ in training:
         if step % every == 0:
-            yield step, measure(policy, reference, hidden, seed, step)
+            yield step, measure(policy, reference, hidden, seed, step, count=count)
 
 
 def outcome(points: list[tuple[int, Measured]], **values: float) -> Outcome:

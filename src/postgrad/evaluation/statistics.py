@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 # 97.5 % quantiles of Student's t for 1 … 30 degrees of freedom
 _T = (
@@ -53,3 +54,16 @@ def separation(upper: Sequence[float], lower: Sequence[float]) -> float:
     ordered = sorted(lower)
     ahead = sum(bisect_left(ordered, value) + bisect_right(ordered, value) for value in upper)
     return ahead / (2 * len(upper) * len(lower))
+
+
+def value_at(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Where a path of points (x, y) first reaches `x`: its y there, linear between two points.
+
+    A path that never gets so far counts with its furthest point.
+    """
+    if not points:
+        raise ValueError("a path needs at least one point")
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 < x1 and x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return max(points, key=lambda point: point[0])[1]

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from postgrad.errors import PostgradError
 from postgrad.models.lean_decoding import lean_layers
-from postgrad.models.network import base_of, linear_layers
+from postgrad.models.network import base_of, linear_layers, pad_right
 from postgrad.models.scoring import (
     TokenScores,
+    divergences,
     embed_plain,
     embed_shared,
+    predictions,
     score_plain,
     score_shared,
+    spread,
 )
 from postgrad.models.text_network import TextNetwork
 from postgrad.products import PackedLinear, can_pack
@@ -74,6 +77,20 @@ class LanguagePolicy(TextNetwork):
         prompts, responses = self.checked(prompts, responses)
         compute = score_shared if self.shares_prefixes else score_plain
         return compute(self._network(), prompts, responses, temperature, entropy)
+
+    def divergence(
+        self, prompts: Sequence[Tensor], responses: Sequence[Tensor], *, temperature: float = 1.0
+    ) -> Tensor:
+        """KL(policy || reference) `[N, T]` of the next token, at each of the responses' tokens.
+
+        Over the whole vocabulary; 0 at padding; without gradients. It takes a forward pass of both.
+        """
+        prompts, responses = self.checked(prompts, responses)
+        own = predictions(self._network(), prompts, responses, self.shares_prefixes)
+        with self.reference():
+            other = predictions(self._network(), prompts, responses, self.shares_prefixes)
+        _, mask = pad_right(responses)
+        return spread(divergences(own, other, temperature), mask)
 
     def embed(
         self,

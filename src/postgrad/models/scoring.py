@@ -6,9 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from postgrad.models.network import base_of, output_layer, packed_hidden, pad_right
+from postgrad.models.network import (
+    OutputLayer,
+    base_of,
+    output_layer,
+    packed_hidden,
+    pad_right,
+)
 from postgrad.models.packing import SharedPrefixes
-from postgrad.objectives.projection import project_logprobs
+from postgrad.objectives.projection import project_logits, project_logprobs
+
+_LOGITS_AT_ONCE = 2**22  # of two networks, where their predictions are compared
 
 
 @dataclass(frozen=True)
@@ -125,19 +133,26 @@ def score_plain(
     entropy: bool,
 ) -> TokenScores:
     """The same by the network's own forward over padded full sequences, for any architecture."""
+    logits = _predicting_logits(network, prompts, responses).float() / temperature
+    table = logits.log_softmax(-1)
+    logprobs = table.gather(-1, torch.cat(list(responses))[:, None]).squeeze(-1)
+    _, mask = pad_right(list(responses))
+    entropies = spread(-(table.exp() * table).sum(-1), mask) if entropy else None
+    return TokenScores(spread(logprobs, mask), mask, entropies)
+
+
+def _predicting_logits(
+    network: nn.Module, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+) -> Tensor:
+    """The logits `[tokens, V]` before each response token, by the network's own forward."""
     whole = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     ids, real = pad_right(whole)
-    logits = network(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
-    _, mask = pad_right(list(responses))
+    logits: Tensor = network(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
     predicting = [
         torch.arange(len(p) - 1, len(p) + len(r) - 1, device=ids.device) + i * ids.shape[1]
         for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
     ]
-    logits = logits.flatten(0, 1)[torch.cat(predicting)].float() / temperature
-    table = logits.log_softmax(-1)
-    logprobs = table.gather(-1, torch.cat(list(responses))[:, None]).squeeze(-1)
-    entropies = spread(-(table.exp() * table).sum(-1), mask) if entropy else None
-    return TokenScores(spread(logprobs, mask), mask, entropies)
+    return logits.flatten(0, 1)[torch.cat(predicting)]
 
 
 def embed_shared(
@@ -190,3 +205,53 @@ def _rows(hidden: Tensor, rows: list[int]) -> Tensor:
 def spread(flat: Tensor, mask: Tensor) -> Tensor:
     """`[N, T]` with the values `[mask.sum()]` where the mask is True and 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network predicts before each of `[tokens]`: hidden states and the layer after them.
+
+    Without a layer the states are the logits themselves.
+    """
+
+    states: Tensor
+    layer: OutputLayer | None
+
+    def log_probabilities(self, rows: slice, temperature: float) -> Tensor:
+        """`[rows, V]` in at least float32, without gradients."""
+        states = self.states[rows]
+        if self.layer is None:
+            return (states.float() / temperature).log_softmax(-1)
+        weight, bias = self.layer.weight, self.layer.bias
+        logits = project_logits(
+            states.to(weight.dtype), weight, bias, self.layer.transform, temperature
+        )
+        return logits.log_softmax(-1)
+
+
+@torch.no_grad()
+def predictions(
+    network: nn.Module, prompts: Sequence[Tensor], responses: Sequence[Tensor], shares: bool
+) -> Predictions:
+    """Of response tokens, by one packed row if the network `shares` prompts."""
+    if shares:
+        return Predictions(predicting_states(network, prompts, responses), output_layer(network))
+    return Predictions(_predicting_logits(network, prompts, responses), None)
+
+
+@torch.no_grad()
+def divergences(one: Predictions, other: Predictions, temperature: float) -> Tensor:
+    """KL(one || other) `[tokens]` of the predictions, over the whole vocabulary.
+
+    A few tokens at a time, so that `[tokens, V]` is held for those only.
+    """
+    count = len(one.states)
+    width = one.states.shape[1] if one.layer is None else len(one.layer.weight)
+    size = max(1, _LOGITS_AT_ONCE // width)
+    parts = []
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        own = one.log_probabilities(rows, temperature)
+        gap = own - other.log_probabilities(rows, temperature)
+        parts.append((own.exp() * gap).sum(-1))
+    return torch.cat(parts)

@@ -9,7 +9,14 @@ from markupsafe import Markup
 
 from postgrad.evaluation.statistics import mean_interval
 from postgrad.reports.figures import number, whisker_chart
-from postgrad.reports.intervals import BAND_NOTE, banded_chart, interval_table, whisker
+from postgrad.reports.intervals import (
+    BAND_NOTE,
+    INTERVAL_NOTE,
+    banded_chart,
+    interval_table,
+    mean_cell,
+    whisker,
+)
 from postgrad.reports.page import duration, paper_facts, render_page, templates, write_page
 
 _HEADLINES = {
@@ -26,6 +33,7 @@ class ClaimParts:
     verdict: Markup
     whiskers: Markup
     curves: list[Markup]
+    findings: Markup | None
     table: Markup
     notes: str
     versions: str
@@ -46,6 +54,7 @@ def write_claim_report(result: Mapping[str, Any], path: str | Path) -> Path:
         parts=claim_parts(result),
         seeds=seeds,
         band_note=BAND_NOTE,
+        interval_note=INTERVAL_NOTE,
     )
     return write_page(Path(path), text)
 
@@ -71,6 +80,7 @@ def claim_parts(result: Mapping[str, Any]) -> ClaimParts:
             note=note,
         ),
         curves=[_curve(name, result["curves"], colours) for name in names],
+        findings=_findings(result),
         table=interval_table(arms, metric),
         notes=result["notes"],
         versions=", ".join(f"{name} {text}" for name, text in result["versions"].items()),
@@ -116,6 +126,25 @@ def _verdict(result: Mapping[str, Any], better: str) -> Markup:
         )
     )
     return Markup(text)
+
+
+def _findings(result: Mapping[str, Any]) -> Markup | None:
+    """A study's results as a table: statement, both sides, verdict."""
+    rows = [
+        {
+            "statement": finding["statement"],
+            "metric": finding["metric"],
+            "sides": [
+                {"name": side["name"], **mean_cell(result["arms"][side["name"]][finding["metric"]])}
+                for side in (finding["method"], finding["baseline"])
+            ],
+            "holds": finding["holds"],
+        }
+        for finding in result.get("findings", ())
+    ]
+    if not rows:
+        return None
+    return Markup(templates().get_template("findings.html").render(rows=rows))
 
 
 def _curve(name: str, curves: Mapping[str, Any], colours: Mapping[str, int]) -> Markup:

@@ -17,6 +17,7 @@ BAND_NOTE = (
     "Line: mean over seeds. Band: from the lowest to the highest seed. A curve of one measured "
     "value over another is drawn seed by seed."
 )
+INTERVAL_NOTE = "Mean over seeds ± half the width of its 95 % interval (Student's t)."
 
 
 def whisker(name: str, values: Sequence[float], colour: int) -> Whisker:
@@ -32,7 +33,7 @@ def interval_table(arms: Values, deciding: str = "") -> Markup:
     names, becomes the rows. `deciding` names the number to set in bold.
     """
     names = list(dict.fromkeys(name for values in arms.values() for name in values))
-    cells = {(arm, name): _cell(arms[arm].get(name)) for arm in arms for name in names}
+    cells = {(arm, name): mean_cell(arms[arm].get(name)) for arm in arms for name in names}
     as_rows = len(names) > len(arms)
 
     def heads(of: Iterable[str]) -> list[dict[str, Any]]:
@@ -52,7 +53,8 @@ def interval_table(arms: Values, deciding: str = "") -> Markup:
     return Markup(text)
 
 
-def _cell(values: Sequence[float] | None) -> dict[str, str]:
+def mean_cell(values: Sequence[float] | None) -> dict[str, str]:
+    """A mean and half the width of its 95 % interval, as texts; a dash where there is nothing."""
     if not values:
         return {"mean": "–", "half": ""}
     interval = mean_interval(values)

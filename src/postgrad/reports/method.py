@@ -39,6 +39,8 @@ class SettingFact:
 class MethodFacts:
     """What there is to say about a method; a planned one has its catalogue entry only.
 
+    A study has a description and a result, but nothing to set.
+
     `description` is the class's docstring, `equation` its indented part. `loop` holds the training
     loop's settings with this method's own defaults for them.
     """
@@ -56,7 +58,8 @@ def method_facts(slug: str) -> MethodFacts:
     """The facts of the method called `slug`; an unknown slug is an error that suggests another."""
     found = entry(slug)
     if found.python is None:
-        return MethodFacts(found, result=found.result())
+        text = found.study_text()
+        return MethodFacts(found, text, equation(text), result=found.result())
     kind = method_class(slug)
     description = inspect.getdoc(kind) or ""
     known = set(LoopSettings.model_fields)
@@ -175,7 +178,8 @@ def method_text(slug: str, width: int = 100) -> str:
     about = facts.entry
     year = f" ({about.year})" if about.year else ""
     blocks = [f"{about.slug}: {about.title}"]
-    where = " · ".join(filter(None, [about.paper + year, about.family, about.status]))
+    kind = "study" if about.study else ""
+    where = " · ".join(filter(None, [about.paper + year, about.family, kind, about.status]))
     blocks[0] += f"\n{where}"
     if facts.description:
         blocks.append(facts.description)
@@ -199,13 +203,19 @@ def _settings_text(settings: Iterable[SettingFact], width: int) -> str:
 
 
 def _claim_text(facts: MethodFacts, width: int) -> str:
-    if facts.entry.python is None:
+    about = facts.entry
+    if about.python is None and not about.study:
         return "Planned: not yet implemented."
+    rerun = f"postgrad reproduce {about.slug}"
     if facts.result is None:
-        return "Claim: no recorded result."
+        return "Claim: no recorded result." + (f"\nRun it: {rerun}" if about.study else "")
     text = f"Claim: {facts.result['claim']}. {verdict_text(facts.result)}"
-    rerun = f"Run it again: postgrad reproduce {facts.entry.slug}"
-    return f"{textwrap.fill(text, width)}\n{rerun}"
+    findings = [
+        textwrap.fill(f"- {found['statement']} [{found['holds']}]", width, subsequent_indent="  ")
+        for found in facts.result.get("findings", ())
+    ]
+    listed = ["Findings, and whether each holds here", *findings] if findings else []
+    return "\n".join([textwrap.fill(text, width), *listed, f"Run it again: {rerun}"])
 
 
 def _columns(rows: Iterable[tuple[str, str]], width: int, indent: int = 0) -> str:

@@ -38,11 +38,16 @@ _LEARNED = "reward-model"
 
 @dataclass(frozen=True)
 class Term:
-    """One reward function with its name and weight."""
+    """One function with its name and weight; `kind` is what errors call it."""
 
     name: str
     function: RewardFunction
     weight: float = 1.0
+    kind: str = "reward"
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind} {self.name!r}"
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -50,7 +55,7 @@ class Term:
             return inspect.signature(self.function).parameters
         except (TypeError, ValueError) as error:
             raise PostgradError(
-                f"reward {self.name!r}: a Python function is expected, and this has no signature"
+                f"{self.title}: a Python function is expected, and this has no signature"
             ) from error
 
     @property
@@ -74,12 +79,23 @@ class Term:
             if not variable and parameter.default is kinds.empty and name not in available:
                 columns = ", ".join(c for c in available if c not in ("prompts", "completions"))
                 raise PostgradError(
-                    f"reward {self.name!r} needs the column {name!r}; the data has the columns "
+                    f"{self.title} needs the column {name!r}; the data has the columns "
                     f"{columns or 'prompt only'}"
                 )
         if any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
             return dict(available)
         return {name: values for name, values in available.items() if name in parameters}
+
+    def call(self, available: Mapping[str, list[Any]], time_limit: float) -> Any:
+        """What the function returns, called with those keywords that it takes.
+
+        Raises:
+            PostgradError: it raised, did not return in time, or needs a column that is not there.
+        """
+        arguments = self.arguments(available)
+        return attempt_within(
+            time_limit, lambda: self.function(**arguments), self.title, own_file=self.file
+        )
 
 
 class RewardSet:
@@ -124,24 +140,18 @@ class RewardSet:
         return self([row["prompt"] for row in rows], completions, columns)
 
     def probe(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """Call every function on one example, twice in a batch, before any compute is spent.
+        """Call every function on one example (see `trial`), before any compute is spent.
 
-        The completion is the row's own `completion` or `answer` where it has one. Returns each
-        function's value for it.
+        Returns each function's value for it.
         """
-        own = next((row[c] for c in ("completion", "answer") if row.get(c) is not None), "")
-        columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
-        columns["completion_ids"] = [[0], [0]]
-        _, terms = self([row.get("prompt")] * 2, [str(own)] * 2, columns)
+        prompts, completions, columns = trial(row)
+        _, terms = self(prompts, completions, {**columns, "completion_ids": [[0], [0]]})
         return {name: values[0] for name, values in terms.items()}
 
     def _values(self, term: Term, available: Mapping[str, list[Any]], count: int) -> list[float]:
-        arguments = term.arguments(available)
-        what = f"reward {term.name!r}"
-        returned = attempt_within(
-            self.time_limit, lambda: term.function(**arguments), what, own_file=term.file
-        )
-        values = _checked(returned, count, what)
+        what = term.title
+        returned = expect_list(term.call(available, self.time_limit), count, what, "numbers")
+        values = [_number(value, i, what) for i, value in enumerate(returned)]
         odd = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         if odd is not None:
             raise NonFinite(
@@ -149,6 +159,16 @@ class RewardSet:
                 samples=_samples(available, values),
             )
         return values
+
+
+def trial(row: Mapping[str, Any]) -> tuple[list[Any], list[str], dict[str, list[Any]]]:
+    """Prompts, completions and columns to try a function on: one row, twice in a batch.
+
+    The completion is the row's own `completion` or `answer` where it has one.
+    """
+    own = next((row[c] for c in ("completion", "answer") if row.get(c) is not None), "")
+    columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
+    return [row.get("prompt")] * 2, [str(own)] * 2, columns
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -183,71 +203,97 @@ def load_rewards(
     return RewardSet([_term(spec) for spec in several], time_limit)
 
 
-def _term(spec: RewardSpec | RewardFunction) -> Term:
+def load_function(spec: RewardSpec | RewardFunction, kind: str) -> Term:
+    """A function that returns something else than numbers, named as rewards are.
+
+    `kind` is what errors call it ("critique", "judge" …); the library has none of its own.
+
+    Raises:
+        PostgradError: unknown file, module, function or setting; code that fails on import.
+    """
+    term = _term(spec, kind)
+    if term.weight != 1:
+        raise PostgradError(f"{term.title} takes no weight, got {term.weight:g}")
+    return term
+
+
+def _term(spec: RewardSpec | RewardFunction, kind: str = "reward") -> Term:
     if callable(spec):
-        return Term(getattr(spec, "__name__", type(spec).__name__), spec)
+        return Term(getattr(spec, "__name__", type(spec).__name__), spec, kind=kind)
     if isinstance(spec, str):
         weighted = _WEIGHTED.fullmatch(spec)
         name, weight = (weighted[1], weighted[2]) if weighted else (spec, 1.0)
-        return Term(name, _function(name, {}), _weight(name, weight))
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-        raise PostgradError(f"reward: expected a name or a mapping with a name, got {spec!r}")
-    settings = {key: value for key, value in spec.items() if key not in ("name", "weight")}
-    name = spec["name"]
-    function = _function(name, settings)
+        settings: dict[str, Any] = {}
+    elif isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
+        name, weight = spec["name"], spec.get("weight", 1.0)
+        settings = {key: value for key, value in spec.items() if key not in ("name", "weight")}
+    else:
+        raise PostgradError(f"{kind}: expected a name or a mapping with a name, got {spec!r}")
+    function = _function(name, settings, kind)
     if name == _LEARNED:
         name = str(settings["model"])  # there may be several
-    return Term(name, function, _weight(name, spec.get("weight", 1.0)))
+    return Term(name, function, _weight(f"{kind} {name!r}", weight), kind)
 
 
-def _weight(name: str, given: Any) -> float:
+def _weight(what: str, given: Any) -> float:
     try:
         weight = float(given)
     except (TypeError, ValueError):
         weight = math.nan
     if not math.isfinite(weight):
-        raise PostgradError(f"reward {name!r}: the weight must be a finite number, got {given!r}")
+        raise PostgradError(f"{what}: the weight must be a finite number, got {given!r}")
     return weight
 
 
-def _function(name: str, settings: dict[str, Any]) -> RewardFunction:
-    if name in VERIFIERS:
-        return _made(name, VERIFIERS[name], settings)
-    folder = Path(name).expanduser().is_dir()
-    if folder or name == _LEARNED:
-        from postgrad.rewards.learned import learned_reward  # imports transformers
-
-        if not folder:
-            return _made(name, learned_reward, settings)
-        return _made(name, functools.partial(learned_reward, name), settings)
+def _function(name: str, settings: dict[str, Any], kind: str) -> RewardFunction:
+    what = f"{kind} {name!r}"
+    if kind == "reward":
+        made = _of_the_library(name, settings, what)
+        if made is not None:
+            return made
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
-        if "/" in name and not name.endswith(".py"):
+        if kind == "reward" and "/" in name and not name.endswith(".py"):
             raise _no_reward_model(name)
-        options = (*VERIFIERS, _LEARNED, "module:function", "file.py:function")
-        raise unknown("reward", name, options)
-    module = _import_file(name, place) if place.endswith(".py") else _import_module(name, place)
+        library = (*VERIFIERS, _LEARNED) if kind == "reward" else ()
+        raise unknown(kind, name, (*library, "module:function", "file.py:function"))
+    module = _import_file(what, place) if place.endswith(".py") else _import_module(what, place)
     function: Any = getattr(module, attribute, None)
     if function is None:
         callables = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         raise unknown(f"function of {place}", attribute, callables)
     if not callable(function):
         raise PostgradError(
-            f"reward {name!r}: {attribute} is of type {type(function).__name__}, not a function"
+            f"{what}: {attribute} is of type {type(function).__name__}, not a function"
         )
     if not settings:
         return cast(RewardFunction, function)
-    _check_settings(name, settings, Term(name, function).parameters)
+    _check_settings(what, settings, Term(name, function, kind=kind).parameters)
     return functools.partial(function, **settings)
 
 
-def _made(name: str, maker: Callable[..., RewardFunction], settings: dict[str, Any]) -> Any:
+def _of_the_library(name: str, settings: dict[str, Any], what: str) -> RewardFunction | None:
+    """A verifier, or the reward model in a folder; None if the name is neither."""
+    if name in VERIFIERS:
+        return _made(what, VERIFIERS[name], settings)
+    folder = Path(name).expanduser().is_dir()
+    if not folder and name != _LEARNED:
+        return None
+    from postgrad.rewards.learned import learned_reward  # imports transformers
+
+    maker = functools.partial(learned_reward, name) if folder else learned_reward
+    return _made(what, maker, settings)
+
+
+def _made(
+    what: str, maker: Callable[..., RewardFunction], settings: dict[str, Any]
+) -> RewardFunction:
     """The function that a maker makes of settings."""
     parameters = inspect.signature(maker).parameters
-    _check_settings(name, settings, parameters)
+    _check_settings(what, settings, parameters)
     for setting, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and setting not in settings:
-            raise PostgradError(f"reward {name!r} needs the setting {setting!r}")
+            raise PostgradError(f"{what} needs the setting {setting!r}")
     return maker(**settings)
 
 
@@ -264,35 +310,35 @@ def _no_reward_model(name: str) -> PostgradError:
 
 
 def _check_settings(
-    name: str, settings: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+    what: str, settings: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
 ) -> None:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for setting in settings:
         if setting not in parameters:
-            raise unknown(f"setting of reward {name!r}:", setting, ("weight", *parameters))
+            raise unknown(f"setting of {what}:", setting, ("weight", *parameters))
 
 
-def _import_file(name: str, place: str) -> Any:
+def _import_file(what: str, place: str) -> Any:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
-        raise PostgradError(f"reward {name!r}: no such file {place}")
+        raise PostgradError(f"{what}: no such file {place}")
     _importable(path.parent)
     specification = importlib.util.spec_from_file_location(path.stem, path)
     if specification is None or specification.loader is None:
-        raise PostgradError(f"reward {name!r}: {place} is not a Python file")
+        raise PostgradError(f"{what}: {place} is not a Python file")
     module = importlib.util.module_from_spec(specification)
     execute = functools.partial(specification.loader.exec_module, module)
-    attempt(execute, f"reward {name!r}: importing {place}", own_file=str(path))
+    attempt(execute, f"{what}: importing {place}", own_file=str(path))
     return module
 
 
-def _import_module(name: str, place: str) -> Any:
+def _import_module(what: str, place: str) -> Any:
     _importable(Path.cwd())
     top = place.partition(".")[0]
     if not top or importlib.util.find_spec(top) is None:
-        raise PostgradError(f"reward {name!r}: no module {place} here or among those installed")
-    return attempt(lambda: importlib.import_module(place), f"reward {name!r}: importing {place}")
+        raise PostgradError(f"{what}: no module {place} here or among those installed")
+    return attempt(lambda: importlib.import_module(place), f"{what}: importing {place}")
 
 
 def _importable(folder: Path) -> None:
@@ -314,18 +360,16 @@ def _samples(available: Mapping[str, list[Any]], values: list[float]) -> list[di
     ]
 
 
-def _checked(returned: Any, count: int, what: str) -> list[float]:
-    """One number per completion, or an error that says what came instead."""
+def expect_list(returned: Any, count: int, what: str, of: str) -> list[Any]:
+    """What was returned, one entry per completion; or an error that says what came instead."""
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, list | tuple):
-        raise PostgradError(
-            f"{what} returned {_described(values)}, expected a list of {count} numbers"
-        )
+        raise PostgradError(f"{what} returned {described(values)}, expected a list of {count} {of}")
     if len(values) != count:
         raise PostgradError(
             f"{what} returned {len(values)} values for {count} completions, expected one each"
         )
-    return [_number(value, i, what) for i, value in enumerate(values)]
+    return list(values)
 
 
 def _number(value: Any, position: int, what: str) -> float:
@@ -333,13 +377,14 @@ def _number(value: Any, position: int, what: str) -> float:
     value = value.tolist() if hasattr(value, "tolist") else value
     if not hasattr(type(value), "__float__"):
         raise PostgradError(
-            f"{what} returned {_described(value)} for completion {position + 1}, expected a "
+            f"{what} returned {described(value)} for completion {position + 1}, expected a "
             "finite number"
         )
     return float(value)
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """A value as an error shows it: short, and with its type."""
     if value is None or isinstance(value, float):
         return str(value)
     shown = repr(value)

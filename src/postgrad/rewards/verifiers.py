@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Literal
 
 from postgrad.errors import MissingExtra, PostgradError, unknown
+from postgrad.rewards import overlap
 
 Rewards = list[float]
 Function = Callable[..., Rewards]
@@ -212,6 +213,21 @@ def length(
     return of_tokens if unit == "tokens" else of_text
 
 
+def rouge(kind: Literal["mean", "rouge1", "rouge2", "rougeL"] = "mean") -> Function:
+    """ROUGE of the completion with the answer: an F1 in [0, 1], or the mean of all three."""
+    if kind not in ("mean", "rouge1", "rouge2", "rougeL"):
+        raise unknown("kind of reward 'rouge':", str(kind), ("mean", "rouge1", "rouge2", "rougeL"))
+
+    def score(completions: list[str], answer: list[Any]) -> Rewards:
+        rewards = []
+        for completion, reference in zip(completions, answer, strict=True):
+            values = overlap.rouge(completion, str(reference))
+            rewards.append(sum(values.values()) / 3 if kind == "mean" else values[kind])
+        return rewards
+
+    return score
+
+
 VERIFIERS: dict[str, Callable[..., Function]] = {
     "exact": exact,
     "numeric": numeric,
@@ -220,4 +236,5 @@ VERIFIERS: dict[str, Callable[..., Function]] = {
     "addition": addition,
     "format": form,
     "length": length,
+    "rouge": rouge,
 }

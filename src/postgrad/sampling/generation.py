@@ -10,7 +10,7 @@ from postgrad.errors import PostgradError
 from postgrad.models.policy import LanguagePolicy
 from postgrad.models.scoring import distinct
 from postgrad.sampling.drawing import SamplingSettings, draw, uniform_stream
-from postgrad.sampling.mixture import decoding
+from postgrad.sampling.mixture import ActionMask, decoding
 
 __all__ = ["Rollouts", "SamplingSettings", "generate"]
 
@@ -47,6 +47,8 @@ def generate(
     samples: int | Sequence[int] = 1,
     seeds: Tensor | Sequence[int],
     mixture: float = 0.0,
+    mask: ActionMask | None = None,
+    limits: Sequence[int] | None = None,
 ) -> Rollouts:
     """Sample responses to prompts.
 
@@ -59,6 +61,8 @@ def generate(
             else is in the batch.
         mixture: the reference policy's share c in what is drawn from, policy^(1 - c) reference^c
             of every next token; 0 is the policy alone, 1 the reference alone.
+        mask: which tokens may be drawn at all; None allows every one.
+        limits: `[N]`, the most tokens of each sample, where they are fewer than `max_new_tokens`.
 
     Raises:
         PostgradError: a prompt is empty or leaves no room in the model's context.
@@ -73,8 +77,12 @@ def generate(
     ]
     if len(seeds) != len(repeated):
         raise ValueError(f"{len(repeated)} samples need as many seeds, got {len(seeds)}")
-    limits = torch.tensor([_limit(policy, prompt, settings) for prompt in repeated])
-    longest = int(limits.max())
+    rooms = torch.tensor([_limit(policy, prompt, settings) for prompt in repeated])
+    if limits is not None:
+        if len(limits) != len(repeated) or min(limits) < 1:
+            raise ValueError(f"limits must be at least 1 for each of {len(repeated)} samples")
+        rooms = rooms.minimum(torch.tensor(limits))
+    longest = int(rooms.max())
     uniforms = torch.stack([uniform_stream(int(seed), longest) for seed in seeds])
 
     tokens = torch.zeros(len(repeated), longest, dtype=torch.long)
@@ -83,7 +91,7 @@ def generate(
     finished = torch.zeros(len(repeated), dtype=torch.bool)
     ended = _end_test(policy, settings)
     unique, owners = distinct(repeated)
-    with decoding(policy, unique, owners, mixture) as decoder:
+    with decoding(policy, unique, owners, mixture, mask) as decoder:
         alive = torch.ones(len(decoder), dtype=torch.bool)
         for step in range(longest):
             samples_here = torch.tensor(decoder.order)
@@ -95,7 +103,7 @@ def generate(
             logprobs[here, step] = drawn_logprobs.float().cpu()[alive]
             lengths[here] = step + 1
             finished[here] = ended(tokens[here, : step + 1])
-            full = lengths >= limits
+            full = lengths >= rooms
             alive = ~(finished | full)[samples_here]
             if not alive.any():
                 break

@@ -47,7 +47,8 @@ def load_docstrings(split: str, settings: dict[str, Any], seed: int) -> Examples
     """Triples (sentence, its function's source, the source of another function of its module).
 
     The same rows as preferences (asked for the sentence of a source: the true one against the
-    other function's) and as text (sources with their docstrings). Modules are either in the
+    other function's), as prompts (judged by ROUGE with the true sentence) and as text (sources with
+    their docstrings). Modules are either in the
     training or in the test split. The setting `characters` cuts sources, at the end of a line.
     """
     given = with_defaults("docstrings", settings, DEFAULTS)
@@ -60,13 +61,14 @@ def load_docstrings(split: str, settings: dict[str, Any], seed: int) -> Examples
             {
                 "prompt": INSTRUCTION + row["positive"],
                 "chosen": row["anchor"],
+                "answer": row["anchor"],
                 "rejected": row["negative_anchor"],
                 "module": row["module"],
                 "function": row["function"],
             }
             for row in rows
         ]
-        return Examples("docstrings", "preferences", pairs, numbers, chat=True)
+        return Examples("docstrings", "preferences", pairs, numbers, chat=True, verifier="rouge")
 
     def text() -> Examples:
         texts = [{key: row[key] for key in ("text", "module", "function")} for row in rows]
@@ -77,6 +79,7 @@ def load_docstrings(split: str, settings: dict[str, Any], seed: int) -> Examples
         "triples",
         rows,
         numbers,
+        verifier="rouge",
         views={
             "preferences": preferences,
             "text": text,

@@ -17,6 +17,7 @@ from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.models.text_network import TextNetwork
 from postgrad.sampling.epochs import Epochs
 from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
+from postgrad.sampling.mixture import ActionMask
 from postgrad.seeding import derive, generator
 from postgrad.tasks import Examples
 from postgrad.timing import timed
@@ -186,11 +187,12 @@ def draw_responses(
     samples: int | None = None,
     temperature: float | None = None,
     mixture: float = 0.0,
+    mask: ActionMask | None = None,
 ) -> Rollouts:
     """`samples` responses to every prompt, as `rollout` says where the arguments do not.
 
     `stream` names the draws: responses under another name are independent. `mixture` is the share
-    of the reference policy in what is drawn from (see `generate`).
+    of the reference policy in what is drawn from, `mask` what may be drawn (see `generate`).
     """
     samples = samples or rollout.samples
     seeds = [
@@ -206,6 +208,7 @@ def draw_responses(
             samples=samples,
             seeds=seeds,
             mixture=mixture,
+            mask=mask,
         )
 
 

@@ -33,7 +33,9 @@ from postgrad.methods.language.comparisons import (
 )
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.rewards import RewardSpec
+from postgrad.rewards.comparing import COMPARE, ModelJudge
 from postgrad.rewards.preferences import Preference, load_preference, preference_matrices
+from postgrad.sampling.chat import ChatSettings, load_chat
 from postgrad.sampling.generation import Rollouts
 from postgrad.tasks import Examples
 from postgrad.timing import timed
@@ -46,9 +48,15 @@ class JudgedSettings(LanguageSettings):
     preference: RewardSpec | None = setting(
         None, "what compares two responses: module:function or file.py:function"
     )
+    judge: ChatSettings | None = setting(
+        None, "language model that compares, in place of a function: here or on a server"
+    )
+    judge_instruction: str = setting(
+        COMPARE, "what it is asked, with {prompt}, {first} and {second} in it"
+    )
     reward: list[RewardSpec] | RewardSpec | None = setting(
         None, "in place of a preference: a reward, whose Bradley-Terry probabilities are used; the "
-        "data's own verifier when both are empty"
+        "data's own verifier when all are empty"
     )  # fmt: skip
     preference_scale: float = setting(1.0, "what reward gaps are divided by", gt=0)
     reward_time_limit: float = setting(60.0, "seconds a reward call may take", gt=0)
@@ -58,14 +66,18 @@ class JudgedSettings(LanguageSettings):
 
 
 def find_preference(
-    config: JudgedSettings, data: Examples, preference: Any, reward: Any
+    config: JudgedSettings, place: Place, data: Examples, preference: Any, reward: Any
 ) -> Preference:
     """What was passed from Python, or what `config` names, or the data's own verifier.
 
     Raises:
-        PostgradError: both or nothing is named.
+        PostgradError: several or nothing is named.
     """
     preference = config.preference if preference is None else preference
+    if config.judge is not None:
+        if preference is not None:
+            raise PostgradError("judge: give either preference or judge, not both")
+        preference = ModelJudge(load_chat(config.judge, place.device), config.judge_instruction)
     reward = config.reward if reward is None else reward
     return load_preference(
         preference,
@@ -144,7 +156,7 @@ class OnlinePreference(Method):
         require_minibatches(config.minibatches, config.batch_size)
         found = find_materials(config, place, "prompts", given)
         self.policy, self.data, self.order = found.policy, found.data, found.order
-        self.preference = find_preference(config, found.data, preference, reward)
+        self.preference = find_preference(config, place, found.data, preference, reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         self.policy.freeze_reference()

@@ -81,3 +81,13 @@ class TaskReward:
             **({f"reward/{n}": m for n, m in means.items()} if len(means) > 1 else {}),
             "length": sum(lengths) / len(lengths),
         }
+
+
+def require_one(**named: Any) -> None:
+    """Stop unless one of two settings says who judges: a function, or else a language model."""
+    (function, first), (model, second) = named.items()
+    if (first is None) == (second is None):
+        raise PostgradError(
+            f"{function}: name a function, e.g. {function}=file.py:function, or else a language "
+            f"model, {model}=…, got {'neither' if first is None else 'both'}"
+        )

@@ -68,7 +68,7 @@ class SelfPlay(ClippedPolicyGradient):
     ):
         require_samples(config.rollout)
         super().__init__(config, place, "prompts", given)
-        self.preference = find_preference(config, self.data, preference, reward)
+        self.preference = find_preference(config, place, self.data, preference, reward)
         self.prompts = render_prompts(
             self.policy, self.data, config, reserve=config.rollout.max_new_tokens
         )

@@ -78,7 +78,10 @@ class ActorCriticSettings(RewardedSettings):
     kl_target: float | None = setting(
         None, "KL in nats a response that the coefficient is steered to; if empty it is fixed", gt=0
     )
-    kl_estimate: Literal["k1", "k3"] = setting("k1", "estimate of a token's KL", source="TRL")
+    kl_estimate: Literal["k1", "k3", "full"] = setting(
+        "k1", "of a token: estimates from the sampled one, or the sum over the vocabulary, for "
+        "another forward pass of policy and reference", source="TRL"
+    )  # fmt: skip
     missing_end_penalty: float = setting(
         0.0, "taken off the reward of a response that did not end in time", ge=0
     )
@@ -200,11 +203,18 @@ class ActorCritic(Method):
         The batch has everything but these and what follows from them: `reward` `[N]`,
         `old_logprobs` and `reference_logprobs` `[N, T]` among it.
         """
-        penalty = kl_estimate(
-            batch.old_logprobs, batch.reference_logprobs, batch.mask, self.config.kl_estimate
-        )
         worth = batch.reward - self.config.missing_end_penalty * (~batch.finished).float()
-        return at_last_token(worth, batch.mask) - self.kl_coefficient.value * penalty
+        return at_last_token(worth, batch.mask) - self.kl_penalty(batch)
+
+    def kl_penalty(self, batch: Batch) -> Tensor:
+        """What each token pays for its KL to the reference `[N, T]`; 0 at padding."""
+        kind = self.config.kl_estimate
+        if kind == "full":
+            with timed("scoring"):
+                divergence = over_tokens(batch, self._divergence)
+        else:
+            divergence = kl_estimate(batch.old_logprobs, batch.reference_logprobs, batch.mask, kind)
+        return self.kl_coefficient.value * divergence
 
     def check(self) -> None:
         self.reward.probe()
@@ -220,20 +230,28 @@ class ActorCritic(Method):
 
     def collected(self, index: list[int], step: int) -> Batch:
         """The batch of fresh responses to the prompts of the rows `index`."""
+        rollouts, fields = self.responses(index, step)
+        rows, group = self.owners(index)
+        reward, terms = self.judge(rows, rollouts)
+        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms, **fields)
+        return self.with_advantages(self.with_known(batch))
+
+    def owners(self, index: list[int]) -> tuple[list[dict[str, Any]], Tensor]:
+        """The row of data of each of the N responses to rows `index`, and its prompt `[N]`."""
         samples = self.config.rollout.samples
-        rollouts = draw_responses(
+        rows = [self.data.rows[i] for i in index for _ in range(samples)]
+        return rows, torch.arange(len(index)).repeat_interleave(samples)
+
+    def responses(self, index: list[int], step: int) -> tuple[Rollouts, dict[str, Any]]:
+        """Responses to the prompts of rows `index`, and more fields of the batch about them."""
+        return draw_responses(
             self.policy,
             [self.prompts[i] for i in index],
             self.config.rollout,
             self.place.seed,
             "rollout",
             step,
-        )
-        rows = [self.data.rows[i] for i in index for _ in range(samples)]
-        reward, terms = self.judge(rows, rollouts)
-        group = torch.arange(len(index)).repeat_interleave(samples)
-        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms=terms)
-        return self.with_advantages(self.with_known(batch))
+        ), {}
 
     def with_known(self, batch: Batch) -> Batch:
         """The batch with what stays fixed while it is learnt from: log-probabilities and values."""
@@ -268,12 +286,19 @@ class ActorCritic(Method):
         every = []
         for part in self.minibatches(batch):
             metrics = optimise(self.loss, part, "policy")
-            value = optimise(self.value_loss, part, "critic")
+            value = self.learn_values(part, optimise)
             metrics |= {"value/loss": value["loss"], "value/gradient_norm": value["gradient_norm"]}
             every.append(metrics)
-        divergence = float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean())
-        self.kl_coefficient.update(divergence)
+        self.kl_coefficient.update(self.divergence(batch))
         return {name: sum(m[name] for m in every) / len(every) for name in every[0]}
+
+    def divergence(self, batch: Batch) -> float:
+        """KL to the reference in nats a response, which the coefficient is steered by."""
+        return float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean())
+
+    def learn_values(self, batch: Batch, optimise: Optimise) -> Metrics:
+        """The critic's step on a minibatch."""
+        return optimise(self.value_loss, batch, "critic")
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The policy's: PPO's clipped surrogate."""
@@ -285,7 +310,7 @@ class ActorCritic(Method):
         per_token = clipped_surrogate(ratio, advantages, clip, clip)
         clipped = clip_fractions(ratio.detach(), advantages, clip, clip, mask)
         metrics = {f"ratio/{name}": value for name, value in clipped.items()}
-        metrics["ratio/mean"] = float(ratio.detach()[mask].mean())
+        metrics["ratio/mean"] = float(ratio.detach()[mask].mean()) if mask.any() else 1.0
         return self._aggregated(per_token, mask, batch), metrics
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -302,6 +327,8 @@ class ActorCritic(Method):
         return self._aggregated(errors / 2, mask, batch), {}
 
     def _aggregated(self, per_token: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+        if batch.tokens == 0:
+            return 0.0 * per_token.sum()  # there is nothing to learn from
         return aggregate(
             per_token, mask, self.config.aggregation, items=batch.items, tokens=batch.tokens
         )
@@ -314,6 +341,11 @@ class ActorCritic(Method):
             .logprobs
         )
 
+    def _divergence(self, batch: Batch) -> Tensor:
+        return self.policy.divergence(
+            batch.prompts, batch.responses, temperature=self.config.rollout.temperature
+        )
+
     def _values(self, batch: Batch) -> Tensor:
         return self.critic.values(batch.prompts, batch.responses)
 
@@ -324,7 +356,7 @@ class ActorCritic(Method):
         left = (returns - values).var(correction=0)
         return {
             **describe_rollouts(batch),
-            "kl": float((batch.old_logprobs - batch.reference_logprobs).sum(1).mean()),
+            "kl": self.divergence(batch),
             "kl_coefficient": self.kl_coefficient.value,
             "value/mean": float(values.mean()),
             "value/explained": float(1 - left / spread) if spread > 0 else 0.0,

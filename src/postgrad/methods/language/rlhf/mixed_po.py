@@ -93,7 +93,7 @@ class MixedPO(ActorCritic):
         self.start = Snapshot(self.policy) if self.frontier is not None else None
         self.switched = False  # to the second stage
         limit = config.rollout.max_new_tokens
-        self.responses = [
+        self.encoded = [
             encoded_responses(
                 self.policy,
                 [row["chosen"], row["rejected"]],
@@ -149,7 +149,7 @@ class MixedPO(ActorCritic):
             for first in range(0, len(self.data), _SCORED):
                 rows = self.data.rows[first : first + _SCORED]
                 place = 0 if column == "chosen" else 1
-                ids = [pair[place].tolist() for pair in self.responses[first : first + _SCORED]]
+                ids = [pair[place].tolist() for pair in self.encoded[first : first + _SCORED]]
                 texts = [row[column] for row in rows]
                 values += self.reward.functions.of_rows(rows, texts, ids)[0]
         return torch.tensor(values, dtype=torch.float64)
@@ -176,7 +176,7 @@ class MixedPO(ActorCritic):
         """Easy pairs, with the reference's log-probabilities."""
         index = self.split.easy[self.easy_order.indices(step)]
         turned = torch.isin(index, self.split.swapped).tolist()
-        pairs = [self.responses[i] for i in index.tolist()]
+        pairs = [self.encoded[i] for i in index.tolist()]
         batch = comparison_batch(
             [self.prompts[i] for i in index.tolist()],
             [pair[::-1] if turn else pair for pair, turn in zip(pairs, turned, strict=True)],
