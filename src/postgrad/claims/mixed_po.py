@@ -156,8 +156,8 @@ CLAIM = Claim(
     arms=tuple(ARMS),
     run=run,
     notes="Learning rates by arm, chosen on seed 100, which is not reported: 2e-3 for MPO and "
-    "PPO (3e-4, 1e-3 and 4e-3 were tried), for DPO (1e-4, 3e-4, 1e-3, 4e-3) and for PPO after it (1e-3), "
-    "1e-3 for DPO on easy pairs (5e-4, 2e-3) and on hard pairs (2e-3); one rate serves "
+    "PPO (3e-4, 1e-3 and 4e-3 were tried), for DPO (1e-4, 3e-4, 1e-3, 4e-3) and for PPO after it "
+    "(1e-3), 1e-3 for DPO on easy pairs (5e-4, 2e-3) and on hard pairs (2e-3); one rate serves "
     "both stages of MPO, which was less steady at 4e-3 (7.9 to 7.7 after 256 rollouts). A reward "
     "model of the language model's size learnt too little from 750 pairs (correlation of 0.35 with "
     "the true score; the linear one 0.9). Of the easy pairs 99 % have the right label on seed 100, "
