@@ -203,15 +203,15 @@ def hidden_scores(seed: int) -> list[Tensor]:
 
 
 def learnt_scores(
-    policy: LanguagePolicy, hidden: list[Tensor], seed: int, groups: int
+    policy: LanguagePolicy, hidden: list[Tensor], seed: int, groups: int, each_user: int
 ) -> tuple[list[Tensor], float]:
     """Scores of neighbours that are learnt from users' pairs, and users in their right group."""
     random = generator(seed, "users")
     truth = torch.zeros(STRING_USERS, dtype=torch.long)
     truth[torch.randperm(STRING_USERS, generator=random)[:STRING_MINORITY]] = 1
-    drawn = sample(policy, 2 * STRING_USERS * STRING_PAIRS // len(LETTERS), "users", seed)
+    drawn = sample(policy, 2 * STRING_USERS * each_user // len(LETTERS), "users", seed)
     texts, each = drawn.texts, len(drawn.texts) // len(LETTERS)
-    users = torch.randint(STRING_USERS, (len(texts) // 2,), generator=random)
+    users = torch.arange(len(texts) // 2) % STRING_USERS  # they take turns
     chance = torch.rand(len(users), generator=random)
     rows = []
     for pair, user in enumerate(users.tolist()):
@@ -222,7 +222,6 @@ def learnt_scores(
         difference = neighbours(letter, first) - neighbours(letter, second)
         rows.append(difference if chance[pair] < torch.sigmoid(torch.tensor(gap)) else -difference)
     differences = torch.stack(rows)
-    _, users = users.unique(return_inverse=True)
     found = em_reward_mixture(
         partial(linear_reward, differences, decay=4.0),
         lambda weights: differences @ weights,
@@ -239,7 +238,8 @@ def on_strings(arm: str, seed: int, quick: bool) -> Outcome:
     """What both groups think of a language model's strings, in deviations from the reference's."""
     policy, hidden = reference_policy(seed, *([5] if quick else [])), hidden_scores(seed)
     own = METHODS[arm]
-    tables, right = learnt_scores(policy, hidden, seed, 1 if arm == "one reward model" else 2)
+    groups = 1 if arm == "one reward model" else 2
+    tables, right = learnt_scores(policy, hidden, seed, groups, 4 if quick else STRING_PAIRS)
     rewards = [score_by(table, 1.0) for table in tables]
     for number, reward in enumerate(rewards, 1):
         reward.__name__ = f"group-{number}"
@@ -296,5 +296,14 @@ CLAIM = Claim(
     baseline="one reward model",
     arms=tuple(BANDITS),
     run=run,
-    notes="",
+    notes="On the bandits every policy is an exact optimum and nothing is tuned; labels are "
+    "P(a over b) = sigma(2 (u(a) - u(b))). With labels half as sharp EM does not find so small a "
+    "minority (on seed 100 nine users in ten are in their group, the majority's share) and "
+    "MaxMin's worst-off group has -0.10 there, to -0.99 with one reward model. `groups known` "
+    "shows what EM costs, `MaxMin by the worst group` is the paper's algorithm, `MaxMin` our "
+    "weights by exponentiated gradient, `least of each sample` the official code's reward. The "
+    "values called strings are those of the method itself on the tiny language model: 16 steps of "
+    "64 rollouts at a learning rate of 2e-3 (no other was tried; eta 0.3), 20 users with 4 in the "
+    "minority and 75 pairs each, rewards linear in neighbouring letters, utilities in deviations "
+    "of the reference's strings. Last values of one run: by the worst group they go up and down.",
 )
