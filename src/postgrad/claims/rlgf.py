@@ -68,8 +68,9 @@ def on_locks(arm: str, seed: int, count: int, iterations: int) -> Outcome:
 def on_lock(arm: str, iterations: int, *stream: int) -> list[float]:
     """The probability of success before and after every iteration.
 
-    There are eight choices of four actions, and the reward is 1 if all are right. The policy is a table of logits [8, 4], trained by REINFORCE with the batch's mean as baseline;
-    the guide is right at every place with probability `SKILL`.
+    There are eight choices of four actions, and the reward is 1 if all are right. The policy is a
+    table of logits [8, 4], trained by REINFORCE with the batch's mean as baseline; the guide is
+    right at every place with probability `SKILL`.
     """
     random = generator(0, "lock", *stream)
     right = torch.randint(ACTIONS, (PLACES,), generator=random)
@@ -213,9 +214,9 @@ CLAIM = Claim(
     slug="rlgf",
     statement="Begun by a guide, responses teach a policy what PPO alone never finds, until it is "
     "better than the guide and than what imitates it.",
-    task="locks of eight choices of four actions, a reward of 1 if all are right, a guide that is "
-    "right at each with probability 0.9 (20 locks a seed); beside it strings of twelve letters that a tiny model "
-    "writes, with a reward of 1 for a high hidden score, and a guide that leans to it",
+    task="locks of eight choices of four actions, 20 a seed, a reward of 1 if all are right, a "
+    "guide that is right at each with probability 0.9; beside it strings of twelve letters that a "
+    "tiny model writes, with a reward of 1 for a high hidden score, and a guide that leans to it",
     metric=METRIC,
     higher_is_better=True,
     method="PPO++",
