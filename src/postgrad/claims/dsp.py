@@ -19,7 +19,7 @@ ANSWERS, HEARD, CHANCE = (
     2,
     0.9,
 )  # answers a stimulus; keywords the black box heeds, and how often
-STEPS, LEARNING_RATE, SFT_STEPS = 20, 3e-4, 150
+STEPS, LEARNING_RATE, SFT_STEPS, ORDERS = 12, 3e-4, 150, 8
 METRIC = "ROUGE-1 of the answers"
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -85,11 +85,16 @@ class Filler:
 
 
 def extracted(rows: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
-    """Stimuli taken from references: their words, in order."""
-    return [
-        {"prompt": row["prompt"], "completion": "".join(f"{w};" for w in row["answer"].split())}
-        for row in rows
-    ]
+    """Stimuli taken from references: their words, in several orders as several people might."""
+    chance = random.Random(f"stimuli {seed}")
+    made = []
+    for row in rows:
+        for _ in range(ORDERS):
+            words = row["answer"].split()
+            chance.shuffle(words)
+            stimulus = "".join(f"{word};" for word in words)
+            made.append({"prompt": row["prompt"], "completion": stimulus})
+    return made
 
 
 def writer(seed: int, steps: int = SFT_STEPS) -> LanguagePolicy:
@@ -102,7 +107,7 @@ def writer(seed: int, steps: int = SFT_STEPS) -> LanguagePolicy:
             policy, extracted(training, seed), seed, steps=steps, max_response_tokens=TOKENS
         )
 
-    return made_once("stimuli", make, seed=seed, steps=steps, letters=LETTERS)
+    return made_once("stimuli", make, seed=seed, steps=steps, letters=LETTERS, orders=ORDERS)
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
@@ -131,7 +136,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         }
         objects = {"model": policy, "data": training, "black_box": black_box}
         for step, _ in train_in_steps("dsp", seed, objects, steps=steps, **settings):
-            if step % 5 == 0:
+            if step % 4 == 0:
                 curve.append((float(step), measured(policy, black_box, test, quick)[METRIC]))
     return Outcome(measured(policy, black_box, test, quick), {METRIC: curve})
 
@@ -182,5 +187,7 @@ CLAIM = Claim(
     baseline="stimuli of references (SFT)",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="Both sides start from the same policy, which learnt words of the reference in any order; "
+    "the usual ones the black box says anyway. The learning rate, of 1e-4, 3e-4 and 1e-3, was "
+    "chosen on seed 100, which is not reported.",
 )
