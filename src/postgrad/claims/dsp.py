@@ -187,7 +187,7 @@ CLAIM = Claim(
     baseline="stimuli of references (SFT)",
     arms=tuple(ARMS),
     run=run,
-    notes="Both sides start from the same policy, which learnt words of the reference in any order; "
+    notes="Both sides start from the same policy, which learnt the reference's words in any order; "
     "the usual ones the black box says anyway. The learning rate, of 1e-4, 3e-4 and 1e-3, was "
     "chosen on seed 100, which is not reported.",
 )

@@ -224,7 +224,7 @@ CLAIM = Claim(
     arms=tuple(ARMS),
     run=run,
     notes="On locks the rate, of 0.05, 0.1 and 0.2 for every arm, was chosen on seed 100, which is "
-    "not reported; so were 1e-3 of 3e-4 and 1e-3 on strings. AggreVaTeD never learns the last place, "
-    "which no roll-in reaches, so that it stays at a quarter of what the others reach. PPO is PPO++ "
-    "without roll-ins.",
+    "not reported; so was 1e-3, of 3e-4 and 1e-3, on strings. AggreVaTeD never learns the last "
+    "place, which no roll-in reaches, and stays at a quarter of what the others reach. PPO is "
+    "PPO++ without roll-ins.",
 )

@@ -110,8 +110,9 @@ class DSP(ActorCritic):
     within the nucleus of a copy of the policy that is renewed every `mask_every` steps. As in the
     authors' code, ratio and KL are of the whole distributions; a ratio of the masked ones needs
     every token's probability in scoring and is not offered. Samples of the masked policy make the
-    KL estimate too small, even negative (`top_mask=1` is PPO, without that). Policy and critic are two networks.
-    The authors' reward relative to answers without a stimulus, which they leave off, is left out.
+    KL estimate too small, even negative (`top_mask=1` is PPO, without that). Policy and critic are
+    two networks. The authors' reward relative to answers without a stimulus, which they leave off,
+    is left out.
     """
 
     Config = DSPSettings
