@@ -12,14 +12,14 @@ from postgrad.rewards.overlap import rouge
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.seeding import derive
 
-LETTERS = "abcdefgh"
+LETTERS = "abcdefghij"
 TOKENS = 20  # four keywords of three letters, what ends each, and the end
 ANSWERS, HEARD, CHANCE = (
     4,
     2,
     0.9,
 )  # answers a stimulus; keywords the black box heeds, and how often
-STEPS, LEARNING_RATE, SFT_STEPS = 40, 3e-4, 150
+STEPS, LEARNING_RATE, SFT_STEPS, ORDERS = 12, 3e-4, 150, 8
 METRIC = "ROUGE-1 of the answers"
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ def tasks(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         chance.shuffle(words)
         rows.append({"prompt": f"{first}{second}: ", "answer": " ".join(words)})
     chance.shuffle(rows)
-    return rows[:40], rows[40:]
+    return rows[:70], rows[70:]
 
 
 class Filler:
@@ -85,11 +85,16 @@ class Filler:
 
 
 def extracted(rows: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
-    """Stimuli taken from references: their words, in order."""
-    return [
-        {"prompt": row["prompt"], "completion": "".join(f"{w};" for w in row["answer"].split())}
-        for row in rows
-    ]
+    """Stimuli taken from references: their words, in several orders as several people might."""
+    chance = random.Random(f"stimuli {seed}")
+    made = []
+    for row in rows:
+        for _ in range(ORDERS):
+            words = row["answer"].split()
+            chance.shuffle(words)
+            stimulus = "".join(f"{word};" for word in words)
+            made.append({"prompt": row["prompt"], "completion": stimulus})
+    return made
 
 
 def writer(seed: int, steps: int = SFT_STEPS) -> LanguagePolicy:
@@ -102,7 +107,7 @@ def writer(seed: int, steps: int = SFT_STEPS) -> LanguagePolicy:
             policy, extracted(training, seed), seed, steps=steps, max_response_tokens=TOKENS
         )
 
-    return made_once("stimuli", make, seed=seed, steps=steps)
+    return made_once("stimuli", make, seed=seed, steps=steps, letters=LETTERS, orders=ORDERS)
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
@@ -120,15 +125,18 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
             "answers": ANSWERS,
             "least_tokens": 1,
             "learning_rate": LEARNING_RATE,
-            "critic_rate": 3.0,
-            "batch_size": 40,
-            "minibatches": 2,
-            "rollout": {"samples": 2, "max_new_tokens": TOKENS, "top_k": 0},
+            "critic_rate": 10.0,
+            "discount": 1.0,
+            "gae_lambda": 1.0,
+            "batch_size": 8 if quick else 64,
+            "epochs": 2,
+            "minibatches": 4,
+            "rollout": {"samples": 1, "max_new_tokens": TOKENS, "top_k": 0},
             **ARMS[arm],
         }
         objects = {"model": policy, "data": training, "black_box": black_box}
         for step, _ in train_in_steps("dsp", seed, objects, steps=steps, **settings):
-            if step % 5 == 0:
+            if step % 4 == 0:
                 curve.append((float(step), measured(policy, black_box, test, quick)[METRIC]))
     return Outcome(measured(policy, black_box, test, quick), {METRIC: curve})
 
@@ -137,7 +145,7 @@ def measured(
     policy: LanguagePolicy, black_box: Filler, rows: list[dict[str, str]], quick: bool
 ) -> dict[str, float]:
     """Of sampled stimuli for unseen prompts."""
-    each = 1 if quick else 16
+    each = 1 if quick else 8
     prompts = [policy.render(row["prompt"]) for row in rows]
     seeds = [derive(0, "stimuli", i) for i in range(each * len(rows))]
     drawn = generate(policy, prompts, SamplingSettings(TOKENS), samples=each, seeds=seeds)
@@ -172,12 +180,14 @@ CLAIM = Claim(
     statement="Tuned by the answers of a black box, the stimuli of a small policy raise their "
     "ROUGE above that of stimuli learnt from references.",
     task="keywords for a template-filling black box that says the usual words of a reference by "
-    "itself and heeds two keywords; prompts of two letters, 16 of 56 unseen",
+    "itself and heeds two keywords; prompts of two letters, 20 of 90 unseen",
     metric=METRIC,
     higher_is_better=True,
     method="DSP",
     baseline="stimuli of references (SFT)",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="Both sides start from the same policy, which learnt the reference's words in any order; "
+    "the usual ones the black box says anyway. The learning rate, of 1e-4, 3e-4 and 1e-3, was "
+    "chosen on seed 100, which is not reported.",
 )

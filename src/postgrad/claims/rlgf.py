@@ -29,7 +29,7 @@ from postgrad.seeding import generator
 
 METRIC = "success on the lock"
 PLACES, ACTIONS, SKILL = 8, 4, 0.9  # the guide is right at each place with this probability
-SAMPLES, ITERATIONS, RATE = 64, 150, 0.2
+LOCKS, SAMPLES, ITERATIONS, RATE = 20, 64, 150, 0.1
 SHARE, SWITCH = 0.8, 0.25  # of responses with a roll-in; of the steps before D2LOLS switches
 
 # strings of letters: how much the guide leans to good ones; the share of its that earn the reward
@@ -47,7 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    exact = on_the_lock(arm, seed, 10 if quick else ITERATIONS)
+    exact = on_locks(arm, seed, *((2, 10) if quick else (LOCKS, ITERATIONS)))
     found = on_strings(arm, seed, quick)
     return Outcome(
         exact.values | {f"strings: {name}": value for name, value in found.values.items()},
@@ -58,23 +58,31 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
 # A lock of eight places ---------------------------------------------------------------------
 
 
-def on_the_lock(arm: str, seed: int, iterations: int) -> Outcome:
-    """Eight choices of four actions; the reward is 1 if all are right, which chance is not.
+def on_locks(arm: str, seed: int, count: int, iterations: int) -> Outcome:
+    """The mean over several locks, as one of them is a matter of luck."""
+    curves = [on_lock(arm, iterations, seed, number) for number in range(count)]
+    means = [sum(values) / count for values in zip(*curves, strict=True)]
+    return Outcome({METRIC: means[-1]}, {METRIC: [(float(i), m) for i, m in enumerate(means)][::3]})
 
-    The policy is a table of logits [8, 4], trained by REINFORCE with the batch's mean as baseline;
-    the guide is right at every place with probability `SKILL`.
+
+def on_lock(arm: str, iterations: int, *stream: int) -> list[float]:
+    """The probability of success before and after every iteration.
+
+    There are eight choices of four actions, and the reward is 1 if all are right. The policy is a
+    table of logits [8, 4], trained by REINFORCE with the batch's mean as baseline; the guide is
+    right at every place with probability `SKILL`.
     """
-    random = generator(seed, "lock")
+    random = generator(0, "lock", *stream)
     right = torch.randint(ACTIONS, (PLACES,), generator=random)
     guide = torch.full((PLACES, ACTIONS), (1 - SKILL) / (ACTIONS - 1))
     guide[torch.arange(PLACES), right] = SKILL
     if arm == "guide":
-        return Outcome({METRIC: SKILL**PLACES})
+        return [SKILL**PLACES] * (iterations + 1)
     logits = torch.zeros(PLACES, ACTIONS, requires_grad=True)
     optimiser = torch.optim.Adam([logits], RATE)
     mask = torch.ones(SAMPLES, PLACES, dtype=torch.bool)
     together = torch.zeros(SAMPLES, dtype=torch.long)
-    curve = [(0.0, _success(logits, right))]
+    curve = [_success(logits, right)]
     for iteration in range(iterations):
         scheme = _scheme(ARMS[arm].get("scheme"), iteration, iterations)
         own = logits.detach().softmax(1)
@@ -96,8 +104,8 @@ def on_the_lock(arm: str, seed: int, iterations: int) -> Outcome:
         optimiser.zero_grad()
         aggregate(loss, learnt, "token-mean").backward()
         optimiser.step()
-        curve.append((iteration + 1.0, _success(logits, right)))
-    return Outcome({METRIC: curve[-1][1]}, {METRIC: curve[::3]})
+        curve.append(_success(logits, right))
+    return curve
 
 
 def _scheme(name: str | None, step: int, steps: int) -> Scheme:
@@ -147,7 +155,8 @@ def on_strings(arm: str, seed: int, quick: bool) -> Outcome:
         "critic_rate": 3.0,
         "schedule": "constant",
         "batch_size": 8 if quick else 64,
-        "minibatches": 2,
+        "epochs": 2,
+        "minibatches": 4,
         "rollout": ROLLOUT,
         **ARMS[arm],
     }
@@ -205,14 +214,17 @@ CLAIM = Claim(
     slug="rlgf",
     statement="Begun by a guide, responses teach a policy what PPO alone never finds, until it is "
     "better than the guide and than what imitates it.",
-    task="a lock: eight choices of four actions, a reward of 1 if all are right, a guide that is "
-    "right at each with probability 0.9; beside it strings of twelve letters that a tiny model "
-    "writes, with a reward of 1 for a high hidden score, and a guide that leans to it",
+    task="locks of eight choices of four actions, 20 a seed, a reward of 1 if all are right, a "
+    "guide that is right at each with probability 0.9; beside it strings of twelve letters that a "
+    "tiny model writes, with a reward of 1 for a high hidden score, and a guide that leans to it",
     metric=METRIC,
     higher_is_better=True,
     method="PPO++",
     baseline="PPO",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="On locks the rate, of 0.05, 0.1 and 0.2 for every arm, was chosen on seed 100, which is "
+    "not reported; so was 1e-3, of 3e-4 and 1e-3, on strings. AggreVaTeD never learns the last "
+    "place, which no roll-in reaches, and stays at a quarter of what the others reach. PPO is "
+    "PPO++ without roll-ins.",
 )

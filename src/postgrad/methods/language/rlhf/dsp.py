@@ -109,8 +109,10 @@ class DSP(ActorCritic):
     The update is NLPO's (Ramamurthy et al. 2022, arXiv 2210.01241), PPO whose actions are drawn
     within the nucleus of a copy of the policy that is renewed every `mask_every` steps. As in the
     authors' code, ratio and KL are of the whole distributions; a ratio of the masked ones needs
-    every token's probability in scoring and is not offered. Policy and critic are two networks.
-    The authors' reward relative to answers without a stimulus, which they leave off, is left out.
+    every token's probability in scoring and is not offered. Samples of the masked policy make the
+    KL estimate too small, even negative (`top_mask=1` is PPO, without that). Policy and critic are
+    two networks. The authors' reward relative to answers without a stimulus, which they leave off,
+    is left out.
     """
 
     Config = DSPSettings
