@@ -225,8 +225,8 @@ CLAIM = Claim(
     run=run,
     notes="On locks the rate, of 0.05, 0.1 and 0.2 for every arm, was chosen on seed 100, which is "
     "not reported; so was 1e-3, of 3e-4 and 1e-3, on strings, with four passes of two steps for "
-    "all arms: there PPO++ found nothing with four passes of one step or two of four, while AggreVaTeD "
-    "and D2LOLS needed no more than the first. AggreVaTeD never learns the last "
+    "all arms: there PPO++ found nothing with four passes of one step or two of four, while "
+    "AggreVaTeD and D2LOLS needed no more than the first. AggreVaTeD never learns the last "
     "place, which no roll-in reaches, and stays at a quarter of what the others reach. PPO is "
     "PPO++ without roll-ins.",
 )
