@@ -67,11 +67,12 @@ class Ranker:
         return values
 
     def accuracy(self, texts: list[str]) -> float:
-        """How often it orders neighbours as the gold reward does, where that differs."""
+        """How often it orders neighbours as the gold reward does, where that differs; else 1/2."""
         first, second = texts[::2], texts[1::2]
         gaps = torch.tensor([gold(a) - gold(b) for a, b in zip(first, second, strict=True)])
         said = torch.tensor(self(first, second)) - 0.5
-        return float((said * gaps > 0)[gaps != 0].float().mean())
+        right = (said * gaps > 0)[gaps != 0]
+        return float(right.float().mean()) if len(right) else 0.5
 
     def _counts(self, texts: list[str]) -> Tensor:
         counts = torch.zeros(len(texts), len(self._columns), dtype=torch.float64)
