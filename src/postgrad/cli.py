@@ -190,7 +190,7 @@ def reproduce(
         )
     click.echo(f"holds: {result['holds']}")
     for finding in result["findings"]:
-        click.echo(f"  {finding['holds']}: {finding['statement']}")
+        click.echo(f"  {finding['holds']}: {finding['statement']} ({finding['metric']})")
     click.echo(f"report: {report}")
 
 
