@@ -85,6 +85,8 @@ def load_docstrings(split: str, settings: dict[str, Any], seed: int) -> Examples
             "text": text,
             "demonstrations": lambda: preferences().require("demonstrations"),
             "prompts": lambda: preferences().require("prompts"),
+            "rankings": lambda: preferences().require("rankings"),
+            "labelled": lambda: preferences().require("labelled"),
         },
     )
 
