@@ -96,7 +96,7 @@ def test_a_study_is_reproduced_with_its_findings(call):
     assert done.exit_code == 0, done.output
     said = [line for line in done.stdout.splitlines() if "quick run, not decided: " in line]
     expected = [f"{f.statement} ({f.metric})" for f in claim.findings]
-        assert [line.partition(": ")[2] for line in said] == expected
+    assert [line.partition(": ")[2] for line in said] == expected
     assert "Findings" in Path("made/report.html").read_text()
 
 
