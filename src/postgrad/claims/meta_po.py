@@ -203,8 +203,11 @@ CLAIM = Claim(
     arms=ARMS,
     run=run,
     notes="All arms have the same start, prompts, numbers of samples and settings: 64 strings a "
-    "step, two passes, KL 0.02, rewards as the mean share of an item's points. The learning rate, "
-    "3e-3, is the same for all: on seed 100 the first rubric alone was also tried with 1e-3 and "
-    "lost as much of the gold score. Judge and meta judge are programs: the judge counts, the meta "
-    "judge sees a broken criterion with probability 0.8 and adds a useless one with 0.1.",
+    "step, two passes, KL 0.02, rewards as the mean share of an item's points. The learning "
+    "rate, 3e-3, is the same for all: on seed 100 the first rubric alone was also tried with "
+    "1e-3 (and four passes) and lost as much of the gold score. Judge and meta judge are "
+    "programs: the judge counts, the meta judge sees a broken criterion with probability 0.8 "
+    "and adds a useless one with 0.1. There is little to be gained here: the full rubric ends"
+    " 0.03 above the start, MPO level with it; what the evolving rubric prevents is the loss "
+    "of 0.13 under the first one alone. Refining it once does nearly as well.",
 )
