@@ -188,8 +188,11 @@ CLAIM = Claim(
     arms=tuple(ARMS),
     run=run,
     notes="Both sides start from the same policy, which learnt the reference's words in any order; "
-    "the usual ones the black box says anyway. The learning rate, of 1e-4, 3e-4 and 1e-3, was "
-    "chosen on seed 100, which is not reported, in a world with one order of the words for each "
-    "reference: there DSP made held-out answers worse at every rate, as the policy had become "
-    "certain of one order and the mask made it greedy. Hence the eight orders here.",
+    "the usual ones the black box says anyway. The learning rate, of 1e-4, 3e-4 and 1e-3, was"
+    " chosen on seed 100, which is not reported, in a world with one order of the words for "
+    "each reference: there DSP made held-out answers worse at every rate, as the policy had "
+    "become certain of one order and the mask made it greedy. Hence the eight orders here. "
+    "PPO in place of NLPO, whose mask is what distinguishes the paper's form, is ahead of it "
+    "on every seed; both say fewer keywords that occur in the reference than the policy they "
+    "start from, and better answers come of it.",
 )
