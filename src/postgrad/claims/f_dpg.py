@@ -239,8 +239,7 @@ CLAIM = Claim(
     " follow the paper here: KL-DPG, whose loss the metric is, ends nearest, and JS-DPG, the "
     "paper's choice, behind TV-DPG. Each arm has a learning rate of its own, set before the "
     "reported seeds. Exactly fitted to a target of 20 states all reach it (distance 0.000). "
-    "The values called opinions are those of the methods on a tiny language model whose "
-    "approving opinions are the constraint: there REINFORCE satisfies it always, 50 to 70 "
-    "nats from the initial policy, and the others in two cases of three or more within 2 to 4"
-    " nats.",
+    "The values called opinions are those of the methods on a tiny language model that is to "
+    "say a certain word: there REINFORCE always does, 50 to 70 nats from the initial policy, "
+    "and the others in two cases of three or more within 2 to 4 nats.",
 )
