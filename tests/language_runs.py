@@ -5,6 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from postgrad.api import resume, train
 from postgrad.methods.language.comparisons import Compared
 from postgrad.training.record import read_rows
 
@@ -40,6 +41,14 @@ def assert_same_run(one, other):
     first, second = final_weights(one), final_weights(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_resumes(slug, folder, **settings):
+    """A run of four steps that was cut after two ends as one that was not, to the bit."""
+    train(slug, steps=4, output=folder / "whole", **settings)
+    train(slug, steps=2, output=folder / "parts", **settings)
+    resume(folder / "parts", steps=4, allow_changes=True)
+    assert_same_run(folder / "whole", folder / "parts")
 
 
 def moved(method, size=0.02):

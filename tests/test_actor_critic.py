@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, write_rows
+from language_runs import SMALL, assert_resumes, write_rows
 from postgrad.advantages.penalties import AdaptiveCoefficient
 from postgrad.advantages.temporal import token_advantages
-from postgrad.api import resume, train
+from postgrad.api import train
 from postgrad.batch import Batch
 from postgrad.config import validated
 from postgrad.errors import PostgradError
@@ -194,10 +194,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "reward": f"{reward}:vowels",
         "kl_target": 0.1,
     }
-    train("ppo-language", steps=4, output=tmp_path / "whole", **settings)
-    train("ppo-language", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("ppo-language", tmp_path, **settings)
 
 
 def test_the_critic_may_start_from_a_reward_model(tmp_path):

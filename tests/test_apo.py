@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, final_weights, write_rows
-from postgrad.api import resume, train
+from language_runs import SMALL, assert_resumes, final_weights, write_rows
+from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -206,10 +206,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "alpha": 0.5,
         "save_every": 1,
     }
-    train("apo", steps=4, output=tmp_path / "whole", **settings)
-    train("apo", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("apo", tmp_path, **settings)
 
 
 def test_adapters_are_refused():

@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, untimed, with_margins, write_rows
-from postgrad.api import resume, train
+from language_runs import (
+    SMALL,
+    assert_resumes,
+    moved,
+    untimed,
+    with_margins,
+    write_rows,
+)
+from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -165,10 +172,7 @@ def test_it_learns_twenty_pairs_by_heart(tmp_path):
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     settings = {**SMALL, "data": pairs_file(tmp_path), "batch_size": 8, "save_every": 2}
-    train("dpo", steps=4, output=tmp_path / "whole", **settings)
-    train("dpo", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("dpo", tmp_path, **settings)
     assert [row["step"] for row in untimed(tmp_path / "whole")] == [1, 2, 3, 4]
 
 

@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
-from postgrad.api import resume, train
+from language_runs import SMALL, assert_resumes, moved, write_rows
+from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -294,10 +294,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "preference": f"{tmp_path / 'judge.py'}:prefer",
         "save_every": 2,
     }
-    train("egpo", steps=4, output=tmp_path / "whole", **settings)
-    train("egpo", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("egpo", tmp_path, **settings)
 
 
 def test_an_adapter_is_looked_ahead_with_and_trained(tmp_path):

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
+from language_runs import SMALL, assert_resumes, moved, write_rows
 from postgrad.advantages.running_means import MovingMean, PartitionFunctions
-from postgrad.api import resume, train
+from postgrad.api import train
 from postgrad.claims import f_dpg
 from postgrad.config import validated
 from postgrad.errors import PostgradError
@@ -439,10 +439,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(settings, tmp_path):
     reward = f"{tmp_path / 'rewards.py'}:{settings['reward']}"
     data = write_rows(tmp_path / "rows.jsonl", ROWS[:8])
     settings = {**SMALL, **SHORT, **settings, "data": data, "reward": reward, "save_every": 2}
-    train("f-dpg", steps=4, output=tmp_path / "whole", **settings)
-    train("f-dpg", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("f-dpg", tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
+from language_runs import SMALL, assert_resumes, assert_same_run, moved, write_rows
 from postgrad.api import resume, train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
@@ -219,10 +219,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "kl_coefficient": 0.01,
         "save_every": 2,
     }
-    train("grpo", steps=4, output=tmp_path / "whole", **settings)
-    train("grpo", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("grpo", tmp_path, **settings)
 
 
 def test_held_out_prompts_are_answered_greedily(tmp_path):

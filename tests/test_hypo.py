@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
-from postgrad.api import resume, train
+from language_runs import SMALL, assert_resumes, moved, write_rows
+from postgrad.api import train
 from postgrad.claims import hypo
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
@@ -234,10 +234,7 @@ def test_it_learns_the_pairs(tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     data = write_rows(tmp_path / "pairs.jsonl", ROWS)
     settings = {**SMALL, **SHORT, "data": data, "kl_weight": 0.1, "save_every": 2}
-    train("hypo", steps=4, output=tmp_path / "whole", **settings)
-    train("hypo", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("hypo", tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

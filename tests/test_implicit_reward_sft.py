@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
-from postgrad.api import resume, train
+from language_runs import SMALL, assert_resumes, moved, write_rows
+from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -331,10 +331,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "divergence": "hellinger",
         "value_rate": 0.1,
     }
-    train("implicit-reward-sft", steps=4, output=tmp_path / "whole", **settings)
-    train("implicit-reward-sft", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("implicit-reward-sft", tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

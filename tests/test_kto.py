@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
-from postgrad.api import resume, train
+from language_runs import SMALL, assert_resumes, moved, write_rows
+from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -178,10 +178,7 @@ def test_evaluation_without_one_of_the_labels_gives_the_loss_alone():
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     settings = {**SMALL, "data": data, "batch_size": 8, "save_every": 2}
-    train("kto", steps=4, output=tmp_path / "whole", **settings)
-    train("kto", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("kto", tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, write_rows
+from language_runs import SMALL, assert_resumes, assert_same_run, write_rows
 from postgrad.advantages.maxmin import GroupWeights, maxmin_reward
 from postgrad.api import resume, train
 from postgrad.config import validated
@@ -422,10 +422,7 @@ def test_given_rewards_by_name_resume_too(tmp_path):
         "data": write_rows(tmp_path / "rows.jsonl", PROMPTS),
         "reward": [f"{tmp_path}/rewards.py:{name}" for name in ("vowels", "digits")],
     }
-    train("maxmin-rlhf", steps=4, output=tmp_path / "whole", **settings)
-    train("maxmin-rlhf", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("maxmin-rlhf", tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
+from language_runs import SMALL, assert_resumes, moved, write_rows
 from postgrad.advantages.pairing import all_pairs, best_and_worst, win_rates
-from postgrad.api import resume, train
+from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -124,10 +124,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "preference": str(_preference(tmp_path)) + ":prefer",
         "save_every": 2,
     }
-    train("online-dpo", steps=4, output=tmp_path / "whole", **settings)
-    train("online-dpo", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("online-dpo", tmp_path, **settings)
 
 
 def _preference(folder):

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, final_weights, moved, write_rows
+from language_runs import SMALL, assert_resumes, final_weights, moved, write_rows
 from postgrad.advantages.group import leave_one_out
 from postgrad.advantages.penalties import kl_penalised
-from postgrad.api import resume, train
+from postgrad.api import train
 from postgrad.claims import p3o as claim
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
@@ -300,10 +300,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "minibatches": 2,
         "save_every": 2,
     }
-    train("p3o", steps=4, output=tmp_path / "whole", **settings)
-    train("p3o", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("p3o", tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

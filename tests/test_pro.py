@@ -6,8 +6,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
-from postgrad.api import resume, train
+from language_runs import SMALL, assert_resumes, moved, write_rows
+from postgrad.api import train
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -240,10 +240,7 @@ def test_it_learns_the_order_of_twenty_lists(tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     data = write_rows(tmp_path / "lists.jsonl", ROWS)
     settings = {**SMALL, "data": data, "batch_size": 8, "save_every": 2}
-    train("pro", steps=4, output=tmp_path / "whole", **settings)
-    train("pro", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("pro", tmp_path, **settings)
 
 
 PLAIN = [{"prompt": "p", "responses": ["a", "b"]}]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, with_margins, write_rows
-from postgrad.api import resume, train
+from language_runs import SMALL, assert_resumes, moved, with_margins, write_rows
+from postgrad.api import train
 from postgrad.config import validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -88,10 +88,7 @@ def test_the_cap_stops_the_push():
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     data = write_rows(tmp_path / "pairs.jsonl", ROWS)
     settings = {**SMALL, "data": data, "batch_size": 8, "flip_rate": 0.2, "save_every": 2}
-    train("rdpo", steps=4, output=tmp_path / "whole", **settings)
-    train("rdpo", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("rdpo", tmp_path, **settings)
 
 
 @pytest.mark.parametrize("flip_rate", [0.5, 0.7, -0.1])

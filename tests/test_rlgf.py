@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, write_rows
+from language_runs import SMALL, assert_resumes, write_rows
 from postgrad.advantages.roll_in import roll_in_lengths, roll_in_masks
 from postgrad.advantages.temporal import token_advantages
-from postgrad.api import resume, train
+from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -343,10 +343,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, scheme):
         "switch_step": 1,
         "schedule": "constant",
     }
-    train("rlgf", steps=4, output=tmp_path / "whole", **settings)
-    train("rlgf", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("rlgf", tmp_path, **settings)
 
 
 def test_faults(tmp_path):

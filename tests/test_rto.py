@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, final_weights, untimed, write_rows
+from language_runs import SMALL, assert_resumes, final_weights, untimed, write_rows
 from postgrad.advantages.temporal import token_advantages
 from postgrad.advantages.token_rewards import log_ratio_reward
-from postgrad.api import resume, train
+from postgrad.api import train
 from postgrad.batch import Batch
 from postgrad.config import validated
 from postgrad.errors import PostgradError
@@ -257,10 +257,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "reward": f"{reward}:vowels",
         "dpo_model": tmp_path / "dpo",
     }
-    train("rto", steps=4, output=tmp_path / "whole", **settings)
-    train("rto", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("rto", tmp_path, **settings)
 
 
 def refused(tmp_path, message, **config):

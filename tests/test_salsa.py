@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from language_runs import SMALL, assert_same_run, final_weights, untimed, write_rows
-from postgrad.api import prepare, resume, train
+from language_runs import SMALL, assert_resumes, final_weights, untimed, write_rows
+from postgrad.api import prepare, train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -213,10 +213,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "second": tmp_path / "second",
         "start": "soup",
     }
-    train("salsa", steps=4, output=tmp_path / "whole", **settings)
-    train("salsa", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("salsa", tmp_path, **settings)
 
 
 # Faults --------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, write_rows
-from postgrad.api import resume, train
+from language_runs import SMALL, assert_resumes, write_rows
+from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -92,10 +92,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "save_every": 2,
         "schedule": "constant",
     }
-    train("sft", steps=4, output=tmp_path / "whole", **settings)
-    train("sft", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("sft", tmp_path, **settings)
 
 
 def test_held_out_loss_is_per_token(tmp_path):

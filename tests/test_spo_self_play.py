@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, write_rows
+from language_runs import SMALL, assert_resumes, write_rows
 from postgrad.advantages.pairing import win_rate_rewards, win_rates
-from postgrad.api import resume, train
+from postgrad.api import train
 from postgrad.claims.spo_self_play import RewardModel, bradley_terry, with_reward_model
 from postgrad.config import validated
 from postgrad.errors import PostgradError
@@ -185,10 +185,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(several, tmp_path):
         "preference": judge_file(tmp_path),
         "save_every": 2,
     }
-    train("spo-self-play", steps=4, output=tmp_path / "whole", **settings)
-    train("spo-self-play", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("spo-self-play", tmp_path, **settings)
 
 
 def test_a_reward_may_stand_for_the_preference_and_is_measured():

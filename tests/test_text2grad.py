@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from language_runs import SMALL, assert_same_run, moved, write_rows
+from language_runs import SMALL, assert_resumes, moved, write_rows
 from postgrad.advantages.group import batch_standardised
 from postgrad.advantages.temporal import token_advantages
-from postgrad.api import resume, train
+from postgrad.api import train
 from postgrad.batch import Batch
 from postgrad.claims import text2grad as claim
 from postgrad.config import validated
@@ -235,10 +235,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         "evaluate_every": 2,
         "kl_target": 0.1,
     }
-    train("text2grad", steps=4, output=tmp_path / "whole", **settings)
-    train("text2grad", steps=2, output=tmp_path / "parts", **settings)
-    resume(tmp_path / "parts", steps=4, allow_changes=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_resumes("text2grad", tmp_path, **settings)
     evaluated = read_rows(tmp_path / "whole" / "metrics.jsonl")[-1]
     assert -6 <= evaluated["evaluation/reward"] <= 6
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from postgrad.claims.base import Outcome
 from postgrad.claims.opinions import (
     TOKENS,
+    cyclic_preference,
     measure,
     reference_policy,
     sample,
@@ -101,6 +102,21 @@ def played(
         for i, name in enumerate(TONES)
     }
     return Outcome(values, {"opinions: exploitability": gains, **shares})
+
+
+def in_rounds(slug: str, settings: dict[str, Any], seed: int, quick: bool) -> Outcome:
+    """Sixteen rounds of an iterative method from the reference that writes all tones evenly."""
+    return played(
+        slug,
+        {**ROUNDS_OF_FOUR, **settings},
+        # with fewer steps no opinion has a tone yet, and there is nothing to prefer
+        reference_policy(seed, *([80] if quick else [])),
+        cyclic_preference,
+        seed,
+        steps=2 if quick else 16,
+        every=2,
+        quick=quick,
+    )
 
 
 def gained(shares: Tensor) -> float:

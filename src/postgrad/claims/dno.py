@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from postgrad.claims.base import Claim, Outcome
-from postgrad.claims.cyclic_opinions import ROUNDS_OF_FOUR, played
+from postgrad.claims.cyclic_opinions import in_rounds
 from postgrad.claims.matrix_games import Games
-from postgrad.claims.opinions import cyclic_preference, reference_policy
 from postgrad.claims.sampled_games import Sampled, every_pair, fitted, sample_pairs
 from postgrad.objectives.iterative import mirror_step, soft_pair
 from postgrad.objectives.pairwise import logistic, margin
@@ -62,17 +61,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     if arm not in LANGUAGE:
         return tables
     slug, settings = LANGUAGE[arm]
-    found = played(
-        slug,
-        {**ROUNDS_OF_FOUR, **settings},
-        # with fewer steps no opinion has a tone yet, and there is nothing to prefer
-        reference_policy(seed, *([80] if quick else [])),
-        cyclic_preference,
-        seed,
-        steps=2 if quick else 16,
-        every=2,
-        quick=quick,
-    )
+    found = in_rounds(slug, settings, seed, quick)
     return Outcome(tables.values | found.values, tables.curves | found.curves)
 
 

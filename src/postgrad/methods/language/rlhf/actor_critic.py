@@ -24,6 +24,7 @@ from postgrad.methods.language.base import (
     render_prompts,
     require_minibatches,
 )
+from postgrad.methods.language.comparisons import SCORING_TOKENS
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
 from postgrad.methods.language.rollouts import (
@@ -44,8 +45,6 @@ from postgrad.objectives.policy_gradient import (
 )
 from postgrad.sampling.generation import Rollouts
 from postgrad.timing import timed
-
-SCORING_TOKENS = 16384  # in one forward pass without gradients
 
 
 class ActorCriticSettings(RewardedSettings):

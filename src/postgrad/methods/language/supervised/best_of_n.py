@@ -11,32 +11,23 @@ from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
-from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import (
     Given,
-    LanguageSettings,
     RolloutSettings,
     draw_responses,
     find_materials,
     render_prompts,
 )
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
-from postgrad.rewards import RewardSpec, load_rewards
+from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
 from postgrad.rewards.preferences import BradleyTerry
 from postgrad.sampling.generation import Rollouts
-from postgrad.timing import timed
 
 
-class BestOfNSettings(LanguageSettings):
+class BestOfNSettings(RewardedSettings):
     """Settings of best of n; n is `rollout.samples`."""
 
-    data: DataSettings = setting(DataSettings(name="reasoning-gym/chain_sum"), "prompts")
     rollout: RolloutSettings = setting(RolloutSettings(), "how the policy is sampled")
-    reward: list[RewardSpec] | RewardSpec | None = setting(
-        None, "a verifier, module:function or file.py:function, or several with weights; the "
-        "data's own verifier when empty"
-    )  # fmt: skip
-    reward_time_limit: float = setting(60.0, "seconds a reward call may take", gt=0)
     frontier: FrontierSettings = setting(
         FrontierSettings(), "reward and KL of fresh samples, in every evaluation"
     )
@@ -71,13 +62,7 @@ class BestOfN(Method):
             )
         found = find_materials(config, place, "prompts", given)
         self.policy, self.data, self.order = found.policy, found.data, found.order
-        spec = reward if reward is not None else (config.reward or self.data.verifier)
-        if spec is None:
-            raise PostgradError(
-                f"reward: {self.data.name} brings no verifier of its own: name one, e.g. "
-                "reward=numeric, or your own reward=file.py:function"
-            )
-        self.rewards = load_rewards(spec, time_limit=config.reward_time_limit)
+        self.reward = TaskReward(config, self.data, reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         self.held_out = found.held_out
@@ -85,12 +70,12 @@ class BestOfN(Method):
             self.held_out_prompts = render_prompts(self.policy, self.held_out, config, room)
         self.policy.freeze_reference()
         self.frontier = Frontier.of(
-            config, config.frontier, found, place, BradleyTerry(self.rewards)
+            config, config.frontier, found, place, BradleyTerry(self.reward.functions)
         )
         self._imitated: float | None = None  # the reward of the best of n, once it is measured
 
     def check(self) -> None:
-        self.rewards.probe(self.data.rows[0])
+        self.reward.probe()
 
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
@@ -101,11 +86,8 @@ class BestOfN(Method):
     def _judged(self, rows: list[dict[str, Any]], rollouts: Rollouts) -> Tensor:
         """Rewards `[prompts, n]`."""
         n = self.config.rollout.samples
-        ids = [response.tolist() for response in rollouts.responses]
-        repeated = [row for row in rows for _ in range(n)]
-        with timed("reward"):
-            total, _ = self.rewards.of_rows(repeated, rollouts.texts, ids)
-        return torch.tensor(total).view(len(rows), n)
+        total, _ = self.reward.of([row for row in rows for _ in range(n)], rollouts)
+        return total.view(len(rows), n)
 
     def collect(self, step: int) -> Batch:
         index = self.order.indices(step).tolist()
