@@ -179,7 +179,7 @@ def test_what_cannot_be_normalised_is_said():
         part()(batch(0 * rewards, groups, a=rewards, b=-rewards))
     with pytest.raises(PostgradError, match=r"advantage.decompose: .* not their plain sum"):
         part()(batch(2 * rewards + rewards, groups, a=rewards, b=rewards))
-    with pytest.raises(PostgradError, match="advantage.high: must be above advantage.low, 1, got"):
+    with pytest.raises(PostgradError, match=r"advantage.high: must be above advantage.low, 1, got"):
         part(low=1.0)
 
 

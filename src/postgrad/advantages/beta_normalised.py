@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributions import Beta
 
 from postgrad.advantages.group import group_mean_centred
-from postgrad.objectives.shapes import expect_dimensions
 
 _LEAST_VARIANCE = 1e-12  # of success rates that differ at all
 
@@ -45,9 +44,8 @@ def fit_normaliser(rates: Tensor) -> BetaFit:
     such fit: alpha = beta = 1. Where v is above m (1 - m), a and b are negative and alpha and beta
     are held at 1.
     """
-    expect_dimensions(1, rates=rates)
-    if not len(rates) or bool(((rates < 0) | (rates > 1)).any()):
-        raise ValueError(f"success rates must be one or more numbers in [0, 1], got {rates}")
+    if rates.ndim != 1 or not len(rates) or bool(((rates < 0) | (rates > 1)).any()):
+        raise ValueError(f"success rates must be [Q] in [0, 1], Q at least 1, got {rates}")
     rates = rates.double()
     mean = float(rates.mean())
     variance = float(rates.var()) if len(rates) > 1 else 0.0

@@ -114,7 +114,8 @@ class BNPO(PolicyGradient):
         a = c m,  b = c (1 - m),  c = m (1 - m) / v - 1;   m, v: mean and variance of p over prompts
 
     Several reward terms are normalised one by one and their advantages averaged. Nothing is kept
-    between steps. The loss is PPO's clip with a higher upper bound, summed over a response's tokens.
+    between steps. The loss is PPO's clip with a higher upper bound, summed over a response's
+    tokens.
 
     Deviations: where all prompts are equally hard (v = 0) alpha = beta = 1, as with one prompt; the
     official code has no such guard. The smallest variance holds among densities, which have area 1;
