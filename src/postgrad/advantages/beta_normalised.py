@@ -64,7 +64,8 @@ def beta_weights(rates: Tensor, alpha: float, beta: float, limit: float = 1e6) -
     """
     if not (alpha >= 1 and beta >= 1 and limit > 0):
         raise ValueError(
-            f"alpha and beta must be at least 1 and the limit positive, got {alpha}, {beta}, {limit}"
+            "alpha and beta must be at least 1 and the limit positive, got "
+            f"{alpha}, {beta}, {limit}"
         )
     exact = rates.double()
     log_density = Beta(
