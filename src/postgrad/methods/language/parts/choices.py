@@ -37,6 +37,9 @@ class AdvantageChoice(Choice):
         "lite": f"{_PARTS}.advantages:Lite",
         "moving-mean": f"{_PARTS}.advantages:MovingBaseline",
         "bnpo": f"{_METHODS}.bnpo:BetaNormalised",
+        "red-drop": f"{_METHODS}.rec:Dropped",
+        "red-weight": f"{_METHODS}.rec:Weighted",
+        "asymre": f"{_METHODS}.rec:LoweredBaseline",
     }
 
 
