@@ -37,6 +37,7 @@ class AdvantageChoice(Choice):
         "lite": f"{_PARTS}.advantages:Lite",
         "moving-mean": f"{_PARTS}.advantages:MovingBaseline",
         "bnpo": f"{_METHODS}.bnpo:BetaNormalised",
+        "riskpo": f"{_METHODS}.riskpo:BundledRisk",
         "red-drop": f"{_METHODS}.rec:Dropped",
         "red-weight": f"{_METHODS}.rec:Weighted",
         "asymre": f"{_METHODS}.rec:LoweredBaseline",
