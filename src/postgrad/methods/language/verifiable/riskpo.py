@@ -90,13 +90,14 @@ class BundledRisk(Advantage):
             raise PostgradError(f"advantage.bundle: {error}") from None
         scores = bundle_scores(batch.reward, bundle)
         sets = scores.view(-1, int((batch.group == batch.group[0]).sum()))
-        quantiles = self._quantiles(sets)
+        low, high = self._quantiles(sets)
         if config.form == "paper":
-            advantages = mixed_value_at_risk(sets, *quantiles, config.omega)
+            advantages = mixed_value_at_risk(sets, low, high, config.omega)
         else:
             advantages = averaged_value_at_risk(
                 sets,
-                *quantiles,
+                low,
+                high,
                 (config.low, config.high),
                 config.omega,
                 tail="upper" if config.form == "seeking" else "lower",
@@ -106,14 +107,16 @@ class BundledRisk(Advantage):
         self._silent = float((advantages == 0).float().mean())
         return shared_out(advantages, bundle, batch.reward, batch.group, config.credit)
 
-    def _quantiles(self, sets: Tensor) -> list[Tensor]:
+    def _quantiles(self, sets: Tensor) -> tuple[Tensor, Tensor]:
         """Both quantiles that these scores `[sets, bundles]` are measured by; follows them."""
         if self.config.quantiles == "set":
             levels = torch.tensor([self.config.low, self.config.high], dtype=sets.dtype)
-            return list(sets.quantile(levels, dim=1, keepdim=True))
+            low, high = sets.quantile(levels, dim=1, keepdim=True)
+            return low, high
         values = self._tracker.values  # of earlier steps: they may not depend on these samples
         self._tracker.update(sets.flatten())
-        return list(values if len(values) else self._tracker.values)
+        low, high = values if len(values) else self._tracker.values
+        return low, high
 
     def _scale(self, sets: Tensor) -> Tensor:
         whole = self.config.scale == "batch" or sets.shape[1] == 1
