@@ -88,8 +88,12 @@ class PolicyGradient(SampledPolicyGradient):
 
     def sampled(self, index: list[int], step: int) -> Batch:
         """Rewarded responses to the prompts of rows `index`, those of one prompt together."""
+        return self.answered(index, step, "rollout", step)
+
+    def answered(self, index: list[int], step: int, *stream: str | int) -> Batch:
+        """Rewarded responses to the prompts of rows `index`, with the draws of the stream."""
         samples = self.config.rollout.samples
-        rollouts = self.roll_out([self.prompts[i] for i in index], "rollout", step)
+        rollouts = self.roll_out([self.prompts[i] for i in index], *stream)
         row = torch.tensor(index).repeat_interleave(samples)
         group = torch.arange(len(index)).repeat_interleave(samples)
         return self.rewarded(rollouts, step, row=row, group=group)
