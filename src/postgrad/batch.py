@@ -65,11 +65,14 @@ class Batch:
         return Batch(**self._take(index))
 
     def joined(self, other: "Batch") -> "Batch":
-        """These items and then those of `other`, which has the same fields, as a whole batch."""
+        """These items and then those of `other`, which has the same fields, as a whole batch.
+
+        Of two tensors `[N, T]` of different lengths the shorter one gets zeros on the right.
+        """
         fields: dict[str, Any] = {}
         for name, more in other.fields().items():
             own = self._fields[name]
-            fields[name] = torch.cat([own, more]) if isinstance(own, Tensor) else [*own, *more]
+            fields[name] = _stacked(own, more) if isinstance(own, Tensor) else [*own, *more]
         return Batch(**fields)
 
     def split(self, budget: int | None) -> Iterator["Batch"]:
@@ -111,3 +114,15 @@ class Batch:
             name: values[index] if isinstance(values, Tensor) else [values[i] for i in positions]
             for name, values in self._fields.items()
         }
+
+
+def _stacked(first: Tensor, second: Tensor) -> Tensor:
+    if first.dim() < 2:
+        return torch.cat([first, second])
+    length = max(first.shape[1], second.shape[1])
+    return torch.cat(
+        [
+            torch.cat([one, one.new_zeros(len(one), length - one.shape[1], *one.shape[2:])], 1)
+            for one in (first, second)
+        ]
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 from postgrad.objectives.shapes import expect_same_shape, expect_tokens
 
 RatioLevel = Literal["token", "sequence"]
-Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum-constant"]
+Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum", "sequence-sum-constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -155,6 +155,8 @@ def aggregate(
     - "token-mean": over all tokens that count (DAPO, arXiv 2503.14476).
     - "sequence-mean": mean over a response's tokens, then over responses (GRPO, arXiv 2402.03300);
       an empty response contributes 0 and still counts as an item.
+    - "sequence-sum": sum over a response's tokens, then mean over responses (REINFORCE of whole
+      responses).
     - "sequence-sum-constant": sum over a response's tokens divided by `constant`, usually the
       longest allowed response, then mean over responses (Dr. GRPO, arXiv 2503.20783).
 
@@ -171,12 +173,15 @@ def aggregate(
     if how == "sequence-mean":
         means = values.sum(1) / mask.sum(1).clamp(min=1)
         return means.sum() / _at_least_one(items, "items")
+    if how == "sequence-sum":
+        return values.sum() / _at_least_one(items, "items")
     if how == "sequence-sum-constant":
         if constant is None or not constant > 0:
             raise ValueError(f"'sequence-sum-constant' needs a positive constant, got {constant}")
         return values.sum() / (_at_least_one(items, "items") * constant)
     raise ValueError(
-        "how must be 'token-mean', 'sequence-mean' or 'sequence-sum-constant', got " + repr(how)
+        "how must be 'token-mean', 'sequence-mean', 'sequence-sum' or 'sequence-sum-constant', got "
+        + repr(how)
     )
 
 

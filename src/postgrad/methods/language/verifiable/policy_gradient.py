@@ -1,0 +1,143 @@
+"""Policy gradient from a reward, composed of any four parts."""
+
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+
+from postgrad.batch import Batch
+from postgrad.config import setting
+from postgrad.methods.base import Metrics, Place
+from postgrad.methods.language.base import Given, render_prompts
+from postgrad.methods.language.parts.choices import AdvantageChoice
+from postgrad.methods.language.policy_gradient import PolicyGradientSettings, SampledPolicyGradient
+from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
+from postgrad.methods.language.rollouts import rollout_batch
+from postgrad.models.snapshots import LaggingPolicy
+from postgrad.sampling.generation import Rollouts
+
+
+class RewardedPolicyGradientSettings(RewardedSettings, PolicyGradientSettings):
+    """Settings of the policy gradients from a reward."""
+
+    advantage: AdvantageChoice = setting("centred", "from rewards to advantages")
+    sync_every: int = setting(
+        1, "steps between the updates of the policy that samples; above 1 it lags behind", gt=0
+    )
+    sync_delay: int = setting(0, "steps until such an update arrives", ge=0)
+
+
+class PolicyGradient(SampledPolicyGradient):
+    """The unified policy gradient estimator (Lv et al. 2025, arXiv:2509.04419), of any four parts.
+
+    Responses are sampled, rewarded, and followed by
+
+        gradient = mask · (pi / denominator) · A · grad log pi
+
+    where each of the four is chosen by name and has settings of its own:
+    `mask=ppo mask.clip_high=0.28 denominator=sampler advantage=bnpo gradient=sequence`. The
+    published methods are such choices, most of them with one part of their own; a new one is often
+    a configuration. Besides, token losses are added up by `aggregation`, a KL to the initial policy
+    or to the sampler and an entropy bonus can be added, and rollouts can serve several steps
+    (`epochs`, `minibatches`), or come from an older policy (`sync_every`, `sync_delay`), as where
+    sampling and training run side by side. A subclass changes which prompts are sampled (`choose`),
+    how (`sampled`), what responses are worth (`judge`), or which of them count (`selected`).
+    """
+
+    Config = RewardedPolicyGradientSettings
+    recipe = {"precision": "auto", "learning_rate": 1e-6, "steps": 100}
+    data_format: ClassVar[str | tuple[str, ...]] = "prompts"
+    config: RewardedPolicyGradientSettings
+
+    def __init__(
+        self,
+        config: RewardedPolicyGradientSettings,
+        place: Place,
+        *,
+        reward: Any = None,
+        **given: Unpack[Given],
+    ):
+        super().__init__(config, place, self.data_format, given, held_out_formats="prompts")
+        self.reward = TaskReward(config, self.data, reward)
+        self.sampler: LaggingPolicy | None = None
+        if config.sync_every > 1 or config.sync_delay > 0:
+            self.sampler = LaggingPolicy(self.policy, config.sync_every, config.sync_delay)
+        room = config.rollout.max_new_tokens
+        self.prompts = render_prompts(self.policy, self.data, config, room)
+        if self.held_out is not None:
+            self.held_out_prompts = render_prompts(self.policy, self.held_out, config, room)
+
+    def check(self) -> None:
+        self.reward.probe()
+
+    def collect(self, step: int) -> Batch:
+        index = self.choose(step)
+        if self.sampler is None:
+            return self.learnable(self.sampled(index, step))
+        with self.sampler.acting(step):
+            return self.learnable(self.sampled(index, step))
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        return self.sampler is not None or super().needs_old_logprobs
+
+    def choose(self, step: int) -> list[int]:
+        """The rows of data whose prompts are sampled in this step."""
+        index: list[int] = self.order.indices(step).tolist()
+        return index
+
+    def sampled(self, index: list[int], step: int) -> Batch:
+        """Rewarded responses to the prompts of rows `index`, those of one prompt together."""
+        return self.answered(index, step, "rollout", step)
+
+    def answered(self, index: list[int], step: int, *stream: str | int) -> Batch:
+        """Rewarded responses to the prompts of rows `index`, with the draws of the stream."""
+        samples = self.config.rollout.samples
+        rollouts = self.roll_out([self.prompts[i] for i in index], *stream)
+        row = torch.tensor(index).repeat_interleave(samples)
+        group = torch.arange(len(index)).repeat_interleave(samples)
+        return self.rewarded(rollouts, step, row=row, group=group)
+
+    def rewarded(
+        self, rollouts: Rollouts, step: int, *, row: Tensor, group: Tensor, **fields: Any
+    ) -> Batch:
+        """Rollouts with their rewards as a batch; `row` `[N]` is each one's place in the data."""
+        reward, terms = self.judge([self.data.rows[i] for i in row.tolist()], rollouts)
+        return rollout_batch(
+            rollouts, step, group=group, row=row, reward=reward, terms=terms, **fields
+        )
+
+    def judge(
+        self, rows: list[dict[str, Any]], rollouts: Rollouts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What responses to the prompts of N rows are worth `[N]`, and the terms of it `[N]`."""
+        return self.reward.of(rows, rollouts)
+
+    def learnable(self, batch: Batch) -> Batch:
+        return super().learnable(self.selected(batch))
+
+    def selected(self, batch: Batch) -> Batch:
+        """What is learnt from; advantages are taken of this."""
+        return batch
+
+    def describe_batch(self, batch: Batch) -> Metrics:
+        groups = [batch.reward[batch.group == group] for group in batch.group.unique()]
+        degenerate = sum(bool((group == group[0]).all()) for group in groups) / len(groups)
+        return {**super().describe_batch(batch), "reward/degenerate_groups": degenerate}
+
+    def state_dict(self) -> dict[str, Any]:
+        lagging = {"sampler": self.sampler.state_dict()} if self.sampler is not None else {}
+        return {**super().state_dict(), **lagging}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.sampler is not None:
+            self.sampler.load_state_dict(state["sampler"])
+
+    def evaluate(self) -> Metrics:
+        """Mean reward of greedy completions on held-out prompts."""
+        if self.held_out is None:
+            return {}
+        return self.reward.evaluate(
+            self.policy, self.held_out, self.held_out_prompts, self.config.rollout
+        )
