@@ -14,6 +14,7 @@ class MaskChoice(Choice):
         "one-side": f"{_PARTS}.masks:OneSide",
         "two-side": f"{_PARTS}.masks:TwoSide",
         "ring": f"{_PARTS}.masks:Ring",
+        "gtpo": f"{_METHODS}.gtpo:Conflicts",
     }
 
 
@@ -36,6 +37,7 @@ class AdvantageChoice(Choice):
         "batch": f"{_PARTS}.advantages:BatchStandardised",
         "lite": f"{_PARTS}.advantages:Lite",
         "moving-mean": f"{_PARTS}.advantages:MovingBaseline",
+        "gtpo": f"{_METHODS}.gtpo:LessEntropy",
     }
 
 

@@ -60,7 +60,7 @@ class PolicyGradient(SampledPolicyGradient):
         super().__init__(config, place, self.data_format, given, held_out_formats="prompts")
         self.reward = TaskReward(config, self.data, reward)
         self.sampler: LaggingPolicy | None = None
-        if config.sync_every > 1 or config.sync_delay > 0:
+        if self.stale:
             self.sampler = LaggingPolicy(self.policy, config.sync_every, config.sync_delay)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
@@ -78,8 +78,12 @@ class PolicyGradient(SampledPolicyGradient):
             return self.learnable(self.sampled(index, step))
 
     @property
+    def stale(self) -> bool:
+        return self.config.sync_every > 1 or self.config.sync_delay > 0
+
+    @property
     def needs_old_logprobs(self) -> bool:
-        return self.sampler is not None or super().needs_old_logprobs
+        return self.stale or super().needs_old_logprobs
 
     def choose(self, step: int) -> list[int]:
         """The rows of data whose prompts are sampled in this step."""
