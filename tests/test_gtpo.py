@@ -153,7 +153,7 @@ def test_wrong_calls_are_refused():
     tokens = torch.ones(2, 3, dtype=torch.bool)
     for call, message in (
         (lambda: conflict_masks(IDS, MASK.flip(1), BETTER, ONE_GROUP), "first tokens of each row"),
-        (lambda: conflict_masks(IDS[:, :2], MASK, BETTER, ONE_GROUP), "one shape"),
+        (lambda: conflict_masks(IDS[:, :2], MASK, BETTER, ONE_GROUP), "of its shape"),
         (lambda: conflict_masks(IDS, MASK, BETTER[:2], ONE_GROUP), "advantages and groups"),
         (lambda: conflict_masks(IDS, IDS, BETTER, ONE_GROUP), "boolean"),
         (lambda: conflict_weights(tokens, tokens, BETTER), r"must be \[2\]"),

@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from postgrad.objectives.shapes import expect_same_shape, expect_tokens
-
 ONE_BIT = math.log(2)  # a response whose mean entropy is above that of a fair coin is uncertain
 
 
@@ -32,7 +30,7 @@ def conflict_masks(
         groups: `[N]`.
     """
     lengths = _lengths(mask)
-    expect_same_shape(ids=ids, mask=mask)
+    _expect_tokens(mask, ids)
     if advantages.shape != lengths.shape or groups.shape != lengths.shape:
         raise ValueError(
             f"advantages and groups must be [N] with N = {len(lengths)}, got "
@@ -53,7 +51,7 @@ def conflict_weights(
     A token in both runs is in conflict once; with `stack_runs` its weight is squared, so 4 in a
     good response, as in the released code.
     """
-    expect_tokens(opening, ending=ending)
+    _expect_tokens(opening, ending)
     if advantages.shape != opening.shape[:1]:
         raise ValueError(f"advantages must be [{len(opening)}], got {list(advantages.shape)}")
     weight = 1 + advantages.sign()[:, None].expand(opening.shape)
@@ -64,13 +62,13 @@ def conflict_weights(
 
 def longest_run(opening: Tensor, ending: Tensor) -> Tensor:
     """The length `[N]` of the longer of a response's two runs, at least 1."""
-    expect_tokens(opening, ending=ending)
+    _expect_tokens(opening, ending)
     return torch.maximum(opening.sum(1), ending.sum(1)).clamp(min=1)
 
 
 def response_entropy(entropies: Tensor, mask: Tensor) -> Tensor:
     """<H> `[N]`: the mean entropy of a response's tokens; 0 for an empty one."""
-    expect_tokens(mask, entropies=entropies)
+    _expect_tokens(mask, entropies)
     return torch.where(mask, entropies, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
@@ -92,11 +90,19 @@ def entropy_filter(
 
 def _lengths(mask: Tensor) -> Tensor:
     """The number of tokens `[N]` of rows that are padded on the right."""
-    expect_tokens(mask)
+    _expect_tokens(mask, mask)
     lengths = mask.sum(1)
     if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
         raise ValueError("mask must be true at the first tokens of each row and nowhere else")
     return lengths
+
+
+def _expect_tokens(mask: Tensor, values: Tensor) -> None:
+    if mask.ndim != 2 or mask.dtype != torch.bool or values.shape != mask.shape:
+        raise ValueError(
+            f"expected a boolean mask [N, T] and values of its shape, got {mask.dtype} "
+            f"{list(mask.shape)} and {list(values.shape)}"
+        )
 
 
 def _contested_run(ids: Tensor, mask: Tensor, advantages: Tensor, groups: Tensor) -> Tensor:
