@@ -38,6 +38,7 @@ class AdvantageChoice(Choice):
         "lite": f"{_PARTS}.advantages:Lite",
         "moving-mean": f"{_PARTS}.advantages:MovingBaseline",
         "gtpo": f"{_METHODS}.gtpo:LessEntropy",
+        "copo": f"{_METHODS}.copo:Consistency",
     }
 
 
