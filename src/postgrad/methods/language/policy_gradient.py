@@ -84,6 +84,7 @@ class SampledPolicyGradient(Method):
                 prompts=config.batch_size,
                 samples=config.rollout.samples,
                 updates=config.epochs * config.minibatches,
+                stale=self.stale,
                 rows=self.data.rows,
             ),
         )
@@ -95,6 +96,11 @@ class SampledPolicyGradient(Method):
     @classmethod
     def four_parts(cls) -> FourParts | None:
         return cls.parts or Estimator.described(cls.Config)
+
+    @property
+    def stale(self) -> bool:
+        """Whether an older policy samples."""
+        return False
 
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}

@@ -14,6 +14,7 @@ class MaskChoice(Choice):
         "one-side": f"{_PARTS}.masks:OneSide",
         "two-side": f"{_PARTS}.masks:TwoSide",
         "ring": f"{_PARTS}.masks:Ring",
+        "gtpo": f"{_METHODS}.gtpo:Conflicts",
     }
 
 
@@ -37,6 +38,8 @@ class AdvantageChoice(Choice):
         "lite": f"{_PARTS}.advantages:Lite",
         "moving-mean": f"{_PARTS}.advantages:MovingBaseline",
         "bnpo": f"{_METHODS}.bnpo:BetaNormalised",
+        "gtpo": f"{_METHODS}.gtpo:LessEntropy",
+        "copo": f"{_METHODS}.copo:Consistency",
     }
 
 

@@ -67,7 +67,7 @@ class PolicyGradient(SampledPolicyGradient):
         self.reward = TaskReward(config, self.data, reward)
         self.tool = made_tool(config.tool)
         self.sampler: LaggingPolicy | None = None
-        if config.sync_every > 1 or config.sync_delay > 0:
+        if self.stale:
             self.sampler = LaggingPolicy(self.policy, config.sync_every, config.sync_delay)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
@@ -85,8 +85,12 @@ class PolicyGradient(SampledPolicyGradient):
             return self.learnable(self.sampled(index, step))
 
     @property
+    def stale(self) -> bool:
+        return self.config.sync_every > 1 or self.config.sync_delay > 0
+
+    @property
     def needs_old_logprobs(self) -> bool:
-        return self.sampler is not None or super().needs_old_logprobs
+        return self.stale or super().needs_old_logprobs
 
     def choose(self, step: int) -> list[int]:
         """The rows of data whose prompts are sampled in this step."""
