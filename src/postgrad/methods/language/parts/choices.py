@@ -36,6 +36,7 @@ class AdvantageChoice(Choice):
         "batch": f"{_PARTS}.advantages:BatchStandardised",
         "lite": f"{_PARTS}.advantages:Lite",
         "moving-mean": f"{_PARTS}.advantages:MovingBaseline",
+        "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
     }
 
 
