@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from language_runs import SMALL, assert_resumes, write_rows
+from postgrad.advantages.group import group_mean_centred
 from postgrad.api import train
 from postgrad.config import LoopSettings, validated
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
-from postgrad.methods.language.verifiable.pcl import PCL
+from postgrad.methods.language.verifiable.pcl import PCL, _by_prompt
 from postgrad.sampling.prompt_choice import nearest_to
 from postgrad.training.optimise import Optimisers
 from postgrad.training.record import read_rows
@@ -92,8 +93,6 @@ def test_wrong_calls_are_refused():
 )
 def test_why_a_half_is_sought_groups_with_a_difference(rate, samples, useful):
     """The share of groups in which centred advantages are not all zero is 1 - p^n - (1 - p)^n."""
-    from postgrad.advantages.group import group_mean_centred
-
     assert 1 - rate**samples - (1 - rate) ** samples == pytest.approx(useful, abs=1e-6)
     random = torch.Generator().manual_seed(0)
     rewards = (torch.rand(4000 * samples, generator=random) < rate).float()
@@ -127,8 +126,6 @@ def test_the_value_loss_is_the_squared_error_to_the_mean_reward_and_spares_the_p
     method = made()
     batch = method.collect(0)
     method._level = 0.5
-    from postgrad.methods.language.verifiable.pcl import _by_prompt
-
     prompts = _by_prompt(batch)
     assert prompts.target.equal(batch.reward.view(8, 4).mean(1))
     loss, _ = method.value_loss(prompts)
