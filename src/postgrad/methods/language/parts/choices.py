@@ -40,6 +40,7 @@ class AdvantageChoice(Choice):
         "bnpo": f"{_METHODS}.bnpo:BetaNormalised",
         "gtpo": f"{_METHODS}.gtpo:LessEntropy",
         "copo": f"{_METHODS}.copo:Consistency",
+        "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
     }
 
 

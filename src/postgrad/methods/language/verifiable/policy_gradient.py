@@ -150,6 +150,8 @@ class PolicyGradient(SampledPolicyGradient):
         return batch
 
     def describe_batch(self, batch: Batch) -> Metrics:
+        if self.config.rollout.samples == 1:
+            return super().describe_batch(batch)
         groups = [batch.reward[batch.group == group] for group in batch.group.unique()]
         degenerate = sum(bool((group == group[0]).all()) for group in groups) / len(groups)
         return {**super().describe_batch(batch), "reward/degenerate_groups": degenerate}
