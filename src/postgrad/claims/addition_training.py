@@ -10,13 +10,17 @@ from postgrad.tasks.addition import Addition
 
 STEPS, PROMPTS, SAMPLES = 120, 32, 8
 EVALUATE_EVERY, EVALUATED, TESTED = 20, 300, 2000
-TASK = (
-    "addition: a small transformer, warmed up until it solves about half of the 3-digit sums; "
-    f"{STEPS} steps of {PROMPTS} fresh prompts (a third each of 1, 2 and 3 digits) with {SAMPLES} "
-    f"samples; accuracy of greedy answers to {TESTED} unseen 3-digit sums"
-)
 
 Curve = list[tuple[float, float]]
+
+
+def task(steps: int = STEPS, prompts: int = PROMPTS) -> str:
+    """What `trained_on_sums` does, in words."""
+    return (
+        "addition: a small transformer, warmed up until it solves about half of the 3-digit sums; "
+        f"{steps} steps of {prompts} fresh prompts (a third each of 1, 2 and 3 digits) with "
+        f"{SAMPLES} samples; accuracy of greedy answers to {TESTED} unseen 3-digit sums"
+    )
 
 
 @dataclass
