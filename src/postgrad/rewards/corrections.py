@@ -9,7 +9,7 @@ every completion, or None where it has nothing to say:
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from postgrad.errors import PostgradError
+from postgrad.errors import PostgradError, unknown
 from postgrad.rewards.functions import (
     RewardFunction,
     RewardSpec,
@@ -36,6 +36,8 @@ class Corrections:
         self.kind = source if source in BUILT_IN else "function"
         self._time_limit = time_limit
         self._function: Term | None = None
+        if isinstance(source, str) and source not in BUILT_IN and ":" not in source:
+            raise unknown("critique", source, (*BUILT_IN, "module:function", "file.py:function"))
         if source not in BUILT_IN:
             self._function = load_function(source, "critique")
 
