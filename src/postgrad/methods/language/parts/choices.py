@@ -41,6 +41,7 @@ class AdvantageChoice(Choice):
         "gtpo": f"{_METHODS}.gtpo:LessEntropy",
         "copo": f"{_METHODS}.copo:Consistency",
         "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
+        "riskpo": f"{_METHODS}.riskpo:BundledRisk",
         "red-drop": f"{_METHODS}.rec:Dropped",
         "red-weight": f"{_METHODS}.rec:Weighted",
         "asymre": f"{_METHODS}.rec:LoweredBaseline",
