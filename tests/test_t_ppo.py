@@ -319,8 +319,8 @@ def test_with_a_window_for_all_of_it_every_step_has_fresh_prompts():
 
 
 def test_the_reward_rises(tmp_path):
-    settings = {**SMALL, **SHORT, "learning_rate": 4e-3, "batch_size": 16, "minibatches": 1}
-    train("t-ppo", data=ROWS * 2, reward=vowels, steps=28, output=tmp_path / "run", **settings)
+    settings = {**SMALL, **SHORT, "learning_rate": 4e-3, "batch_size": 16, "window": 4}
+    train("t-ppo", data=ROWS * 2, reward=vowels, steps=44, output=tmp_path / "run", **settings)
     rows = [r for r in read_rows(tmp_path / "run" / "metrics.jsonl") if "reward" in r]
     rewards = torch.tensor([r["reward"] for r in rows])
     first, last = rewards[:6], rewards[-6:]
