@@ -90,13 +90,14 @@ class BundledRisk(Advantage):
             raise PostgradError(f"advantage.bundle: {error}") from None
         scores = bundle_scores(batch.reward, bundle)
         sets = scores.view(-1, int((batch.group == batch.group[0]).sum()))
-        quantiles = self._quantiles(sets)
+        low, high = self._quantiles(sets)
         if config.form == "paper":
-            advantages = mixed_value_at_risk(sets, *quantiles, config.omega)
+            advantages = mixed_value_at_risk(sets, low, high, config.omega)
         else:
             advantages = averaged_value_at_risk(
                 sets,
-                *quantiles,
+                low,
+                high,
                 (config.low, config.high),
                 config.omega,
                 tail="upper" if config.form == "seeking" else "lower",
