@@ -120,7 +120,9 @@ def repetition_penalty(tokens: Tensor, size: int, penalty: float) -> float:
         raise ValueError(f"tokens must be [L] with L >= 1, got {list(tokens.shape)}")
     if size < 1 or penalty > 0:
         raise ValueError(f"expected size >= 1 and penalty <= 0, got {size} and {penalty}")
-    ids, seen, repeated = tokens.tolist(), set(), set()
+    ids: list[int] = tokens.tolist()
+    seen: set[tuple[int, ...]] = set()
+    repeated: set[int] = set()
     for start in range(len(ids) - size + 1):
         gram = tuple(ids[start : start + size])
         if gram in seen:

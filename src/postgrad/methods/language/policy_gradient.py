@@ -46,6 +46,9 @@ class PolicyGradientSettings(EstimatorSettings, LanguageSettings):
     kl_estimator: Literal["k1", "k2", "k3"] = setting(
         "k3", "of a token's KL: d, d^2/2, exp(-d) - 1 + d, with d the log-ratio"
     )
+    kl_level: Literal["token", "sequence"] = setting(
+        "token", "whose log-ratio d is: each token's, or the whole response's"
+    )
     entropy_coefficient: float = setting(0.0, "weight of the entropy bonus", ge=0)
 
 
@@ -181,7 +184,8 @@ class SampledPolicyGradient(Method):
         else:
             with torch.no_grad(), self.policy.reference():
                 reference = self._score(batch).logprobs
-        return kl_estimate(new, reference, scores.mask, kind=self.config.kl_estimator)
+        kind, level = self.config.kl_estimator, self.config.kl_level
+        return kl_estimate(new, reference, scores.mask, kind, level)
 
     def aggregated(self, per_token: Tensor, batch: Batch, scores: TokenScores) -> Tensor:
         """Token losses `[N, T]` as the batch's share in one number."""

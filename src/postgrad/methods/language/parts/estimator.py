@@ -107,7 +107,7 @@ class Estimator:
 
         `advantages` `[N]` or `[N, T]` are those of the batch if not given.
         """
-        new, mask = scores.logprobs, scores.mask
+        new, mask = scores.logprobs, written(batch, scores)
         advantages = per_token(batch.advantages if advantages is None else advantages, new)
         old = self.old_logprobs(batch, scores)
         denominator = self.denominator(new, old).detach()
@@ -146,6 +146,13 @@ class Estimator:
         for name, part in self.parts.items():
             if name in state:
                 part.load_state_dict(state[name])
+
+
+def written(batch: Batch, scores: TokenScores) -> Tensor:
+    """Which tokens `[N, T]` the policy itself chose: all of a response but what a tool said."""
+    if "written" not in batch:
+        return scores.mask
+    return scores.mask & batch.written[:, : scores.mask.shape[1]].to(scores.mask)
 
 
 def per_token(advantages: Tensor, like: Tensor) -> Tensor:

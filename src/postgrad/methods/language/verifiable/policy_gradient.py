@@ -7,6 +7,7 @@ from torch import Tensor
 
 from postgrad.batch import Batch
 from postgrad.config import setting
+from postgrad.methods.agents.tools import ToolChoice, made_tool
 from postgrad.methods.base import Metrics, Place
 from postgrad.methods.language.base import Given, render_prompts
 from postgrad.methods.language.parts.choices import AdvantageChoice
@@ -14,13 +15,18 @@ from postgrad.methods.language.policy_gradient import PolicyGradientSettings, Sa
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
 from postgrad.methods.language.rollouts import rollout_batch
 from postgrad.models.snapshots import LaggingPolicy
-from postgrad.sampling.generation import Rollouts
+from postgrad.sampling.conversations import converse
+from postgrad.sampling.generation import Rollouts, generate
+from postgrad.seeding import derive
+from postgrad.timing import timed
 
 
 class RewardedPolicyGradientSettings(RewardedSettings, PolicyGradientSettings):
     """Settings of the policy gradients from a reward."""
 
     advantage: AdvantageChoice = setting("centred", "from rewards to advantages")
+    tool: ToolChoice = setting("none", "what the policy can call while it writes")
+    max_turns: int = setting(4, "how often the policy may write in a response, with a tool", gt=0)
     sync_every: int = setting(
         1, "steps between the updates of the policy that samples; above 1 it lags behind", gt=0
     )
@@ -59,6 +65,7 @@ class PolicyGradient(SampledPolicyGradient):
     ):
         super().__init__(config, place, self.data_format, given, held_out_formats="prompts")
         self.reward = TaskReward(config, self.data, reward)
+        self.tool = made_tool(config.tool)
         self.sampler: LaggingPolicy | None = None
         if self.stale:
             self.sampler = LaggingPolicy(self.policy, config.sync_every, config.sync_delay)
@@ -92,11 +99,33 @@ class PolicyGradient(SampledPolicyGradient):
 
     def sampled(self, index: list[int], step: int) -> Batch:
         """Rewarded responses to the prompts of rows `index`, those of one prompt together."""
+        return self.answered(index, step, "rollout", step)
+
+    def answered(self, index: list[int], step: int, *stream: str | int) -> Batch:
+        """Rewarded responses to the prompts of rows `index`, with the draws of the stream."""
         samples = self.config.rollout.samples
-        rollouts = self.roll_out([self.prompts[i] for i in index], "rollout", step)
+        rollouts = self.responses(index, *stream)
         row = torch.tensor(index).repeat_interleave(samples)
         group = torch.arange(len(index)).repeat_interleave(samples)
         return self.rewarded(rollouts, step, row=row, group=group)
+
+    def responses(self, index: list[int], *stream: str | int) -> Rollouts:
+        """Responses to the prompts of rows `index`, in several turns if there is a tool."""
+        prompts = [self.prompts[i] for i in index]
+        if self.tool is None:
+            return self.roll_out(prompts, *stream)
+        samples = range(self.config.rollout.samples)
+        places = [(place, sample) for place in range(len(index)) for sample in samples]
+        with timed("rollout"):
+            return converse(
+                self.policy,
+                [prompts[place] for place, _ in places],
+                [self.data.rows[index[place]] for place, _ in places],
+                self.tool,
+                self.config.rollout.sampling(),
+                seeds=[derive(self.place.seed, *stream, *each) for each in places],
+                max_turns=self.config.max_turns,
+            )
 
     def rewarded(
         self, rollouts: Rollouts, step: int, *, row: Tensor, group: Tensor, **fields: Any
@@ -121,6 +150,8 @@ class PolicyGradient(SampledPolicyGradient):
         return batch
 
     def describe_batch(self, batch: Batch) -> Metrics:
+        if self.config.rollout.samples == 1:
+            return super().describe_batch(batch)
         groups = [batch.reward[batch.group == group] for group in batch.group.unique()]
         degenerate = sum(bool((group == group[0]).all()) for group in groups) / len(groups)
         return {**super().describe_batch(batch), "reward/degenerate_groups": degenerate}
@@ -138,6 +169,14 @@ class PolicyGradient(SampledPolicyGradient):
         """Mean reward of greedy completions on held-out prompts."""
         if self.held_out is None:
             return {}
-        return self.reward.evaluate(
-            self.policy, self.held_out, self.held_out_prompts, self.config.rollout
-        )
+        greedy = self.config.rollout.sampling(temperature=0.0)
+        prompts, rows = self.held_out_prompts, self.held_out.rows
+        seeds = [0] * len(rows)
+        if self.tool is None:
+            rollouts = generate(self.policy, prompts, greedy, seeds=seeds)
+        else:
+            turns = self.config.max_turns
+            rollouts = converse(
+                self.policy, prompts, rows, self.tool, greedy, seeds=seeds, max_turns=turns
+            )
+        return self.reward.measured(rows, rollouts)
