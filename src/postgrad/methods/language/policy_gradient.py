@@ -132,12 +132,7 @@ class SampledPolicyGradient(Method):
         Raises:
             NothingToLearn: no token is left that counts.
         """
-        if self.estimator.needs_entropies and "entropies" not in batch:
-            with timed("scoring"), torch.no_grad():
-                scores = self._score(batch, entropy=True)
-                assert scores.entropies is not None
-                batch = batch.with_fields(entropies=scores.entropies.cpu())
-        batch = self.estimator.prepared(batch)
+        batch = self.estimator.prepared(batch, self._with_entropies)
         if not bool(batch.mask.any()):
             raise NothingToLearn("every response of the step was left out")
         return self.with_old_logprobs(batch) if self.needs_old_logprobs else batch
@@ -206,6 +201,14 @@ class SampledPolicyGradient(Method):
             tokens=batch.tokens,
             constant=self.config.rollout.max_new_tokens,
         )
+
+    def _with_entropies(self, batch: Batch) -> Batch:
+        if "entropies" in batch:
+            return batch
+        with timed("scoring"), torch.no_grad():
+            scores = self._score(batch, entropy=True)
+        assert scores.entropies is not None
+        return batch.with_fields(entropies=scores.entropies.cpu())
 
     def _score(self, batch: Batch, entropy: bool = False) -> TokenScores:
         return self.policy.score(

@@ -80,6 +80,10 @@ class Advantage(Part, ABC):
 class Mask(Part, ABC):
     """Which tokens teach: by what was sampled, once, and by how far the policy has moved."""
 
+    def chosen(self, batch: Batch) -> Batch:
+        """The responses that are learnt from, by their `advantages`; nothing else is scored."""
+        return batch
+
     def prepared(self, batch: Batch) -> Batch:
         """The batch, maybe with fewer tokens in its `mask`, or with `token_weights` `[N, T]`."""
         return batch

@@ -15,6 +15,7 @@ class MaskChoice(Choice):
         "two-side": f"{_PARTS}.masks:TwoSide",
         "ring": f"{_PARTS}.masks:Ring",
         "gtpo": f"{_METHODS}.gtpo:Conflicts",
+        "d3s": f"{_METHODS}.d3s:DownSampling",
     }
 
 
