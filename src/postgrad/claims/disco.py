@@ -65,7 +65,10 @@ def of_disco(logprobs: Tensor, rewards: Tensor, groups: Tensor) -> Tensor:
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     found = trained_on_sums({"minibatches": MINIBATCHES, **ARMS[arm]}, seed, quick)
-    objectives = {"DisCO": of_disco, "DisCO-b": discriminative_objective}
+    objectives: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "DisCO": of_disco,
+        "DisCO-b": discriminative_objective,
+    }
     sizes = gradient_norms(objectives.get(arm, of_grpo))
     middle = dict(sizes)[0.5]
     values = {
