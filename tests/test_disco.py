@@ -206,8 +206,8 @@ def test_the_loss_is_the_papers_by_loops(score):
             total = total + torch.stack(right).mean() - negatives
     expected = -total / 4 + 25.0 * (divergence - 1e-3).clamp(min=0).square()
     expected.backward()
-    assert metrics["objective"] == pytest.approx(float(total / 4), rel=1e-4)
-    assert metrics["kl_from_sampler"] == pytest.approx(float(divergence), rel=1e-4)
+    assert metrics["objective"] == pytest.approx((total / 4).item(), rel=1e-4)
+    assert metrics["kl_from_sampler"] == pytest.approx(divergence.item(), rel=1e-4)
     assert metrics["penalty/slope"] > 0
     for name, parameter in method.policy.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-3)

@@ -15,6 +15,8 @@ METRIC = "accuracy"
 MINIBATCHES, TAU, DELTA = 4, 10.0, 1e-3
 ANSWERS, RESPONSES = 4, 60
 
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 # learning rates: see the notes
 ARMS: dict[str, dict[str, Any]] = {
     "DisCO": {"slug": "disco", "delta": DELTA, "learning_rate": 3e-4},
@@ -28,9 +30,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def gradient_norms(
-    objective: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> list[tuple[float, float]]:
+def gradient_norms(objective: Objective) -> list[tuple[float, float]]:
     """Size of a prompt's policy gradient by how often it is solved, exactly.
 
     The policy chooses among four answers of which one is right and the others alike, and the
@@ -65,10 +65,7 @@ def of_disco(logprobs: Tensor, rewards: Tensor, groups: Tensor) -> Tensor:
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
     found = trained_on_sums({"minibatches": MINIBATCHES, **ARMS[arm]}, seed, quick)
-    objectives: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "DisCO": of_disco,
-        "DisCO-b": discriminative_objective,
-    }
+    objectives: dict[str, Objective] = {"DisCO": of_disco, "DisCO-b": discriminative_objective}
     sizes = gradient_norms(objectives.get(arm, of_grpo))
     middle = dict(sizes)[0.5]
     values = {

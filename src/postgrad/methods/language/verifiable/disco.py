@@ -154,7 +154,7 @@ class DisCO(PolicyGradient):
         return batch.with_fields(
             score_weights=weights.cpu(),
             slope=torch.full((len(batch),), slope),
-            objective=torch.full((len(batch),), float(objective)),
+            objective=torch.full((len(batch),), objective.item()),
             divergence=torch.full((len(batch),), mean),
         )
 
