@@ -141,15 +141,15 @@ class Sandbox:
         of their own classes cannot cross, and such a test fails.
         """
         ends = socket.socketpair()
-        with self._server() as one, self._server() as other:
-            with (
-                one.begin("judge", self.limits, ends[0]) as judge,
-                other.begin("tested", self.limits, ends[1]) as runner,
-            ):
-                runner.say(program)
-                judge.say({"tests": list(tests), "setup": setup, "tested": list(tested)})
-                passed = [judge.hear() is True for _ in tests]
-        return passed
+        with (
+            self._server() as one,
+            self._server() as other,
+            one.begin("judge", self.limits, ends[0]) as judge,
+            other.begin("tested", self.limits, ends[1]) as runner,
+        ):
+            runner.say(program)
+            judge.say({"tests": list(tests), "setup": setup, "tested": list(tested)})
+            return [judge.hear() is True for _ in tests]
 
     def interpreter(self) -> "Interpreter":
         """A process in which the snippets of a conversation run one after another."""
@@ -189,6 +189,7 @@ class Interpreter:
         self.limits = Limits(None, given.wall, given.memory, given.disk, given.output)
         self._server = _Server(choose(isolation))
         self._run = self._server.begin("interpret", self.limits)
+        self._run.shut_input()
         self.alive = True
 
     def __enter__(self) -> "Interpreter":
@@ -358,7 +359,7 @@ class _Run:
         for name in ("output", "errors"):
             if name in self._files:
                 os.close(self._files[name])
-        self._close_input()
+        self.shut_input()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -431,9 +432,10 @@ class _Run:
             self._to_write = b""
         if not self._to_write:
             self._selector.unregister(self._input)
-            self._close_input()
+            self.shut_input()
 
-    def _close_input(self) -> None:
+    def shut_input(self) -> None:
+        """End the standard input."""
         if self._input >= 0:
             os.close(self._input)
             self._input = -1

@@ -52,10 +52,9 @@ _CODERS: list[tuple[type, str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ),
 ]
 _ENCODERS = {kind: (tag, to) for kind, tag, to, _ in _CODERS}
-_ENCODERS |= {
-    kind: _ENCODERS[dict]
-    for kind in (collections.OrderedDict, collections.Counter, collections.defaultdict)
-}
+_ENCODERS |= dict.fromkeys(
+    (collections.OrderedDict, collections.Counter, collections.defaultdict), _ENCODERS[dict]
+)
 _DECODERS = {tag: back for _, tag, _, back in _CODERS}
 _PLAIN = {*_SIMPLE, int, list, *_ENCODERS}
 _BUILTIN_TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}

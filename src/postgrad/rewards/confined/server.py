@@ -18,10 +18,31 @@ from typing import Any, NoReturn
 
 from . import messages, tasks, walls
 
-_COMMON = (
-    "array bisect collections copy ctypes dataclasses datetime decimal enum fractions functools "
-    "heapq itertools json linecache math operator random re statistics string traceback typing"
-).split()
+_COMMON = [
+    "array",
+    "bisect",
+    "collections",
+    "copy",
+    "ctypes",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "functools",
+    "heapq",
+    "itertools",
+    "json",
+    "linecache",
+    "math",
+    "operator",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "traceback",
+    "typing",
+]
 
 # run by `python -c` with the folder above this one as its first argument
 START = """\
@@ -155,10 +176,8 @@ def _run(job: dict[str, Any], told: int | None = None) -> NoReturn:
     try:
         walls.restrict(job["limits"])
         alone = job["isolation"] == "process"
-        if not alone:
-            walls.unprivileged_user()
         if sys.platform == "linux":
-            walls.give_up_capabilities()
+            walls.give_up_privileges(become_nobody=not alone)
         if walls.can_filter():
             if alone:
                 walls.files_only_in(job["folder"])

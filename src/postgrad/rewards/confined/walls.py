@@ -83,7 +83,9 @@ def separate(size: int) -> None:
     library = _library()
     spaces = _NEW_MOUNTS | _NEW_CGROUP | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET
     user, group = os.getuid(), os.getgid()
-    if user != 0:  # root needs no user namespace, and becomes nobody afterwards (`give_up`)
+    if (
+        user != 0
+    ):  # root needs no user namespace, and becomes nobody afterwards (`give_up_privileges`)
         spaces |= _NEW_USER
     _check(library.unshare(spaces), "namespaces")
     if user != 0:
@@ -99,8 +101,11 @@ def separate(size: int) -> None:
 
 def _new_root(library: Any, size: int) -> None:
     def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-        arguments = [part.encode() if part is not None else None for part in (source, target, kind)]
-        _check(library.mount(*arguments, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
+        of_kind = None if kind is None else kind.encode()
+        returned = library.mount(
+            source.encode(), target.encode(), of_kind, ctypes.c_ulong(flags), options.encode()
+        )
+        _check(returned, f"mount {target}")
 
     safe = _NO_SUID | _NO_DEVICES
     shown = [*readable(), *devices()]
@@ -163,21 +168,20 @@ def restrict(limits: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu"], limits["cpu"] + 1))
 
 
-def unprivileged_user() -> None:
-    """Become nobody where this process is root; for good."""
-    if os.getuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+def give_up_privileges(*, become_nobody: bool) -> None:
+    """Give up every power over the kernel, those in an own user namespace too; for good.
 
-
-def give_up_capabilities() -> None:
-    """Give up every power over the kernel, those in an own user namespace too."""
+    Root also becomes nobody, if asked to: it owns too many files.
+    """
     library = _library()
     library.prctl(47, 4, 0, 0, 0)  # ambient: clear all
     capability = 0
     while library.prctl(24, capability, 0, 0, 0) == 0:  # the bounding set
         capability += 1
+    if become_nobody and os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
     header = struct.pack("Ii", 0x20080522, 0)
     _check(library.capset(header, bytes(24)), "capset")
 
@@ -341,13 +345,15 @@ def bubblewrap(job: dict[str, Any], modules: str, start: str) -> list[str]:
         *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
         *("--unshare-cgroup-try", "--new-session", "--die-with-parent", "--cap-drop", "ALL"),
     ]
-    if os.getuid() == 0:  # to become nobody
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    if os.getuid() == 0:  # to become nobody, and to give up the rest
+        for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
+            command += ["--cap-add", capability]
     else:
         command += ["--unshare-user"]
     python = os.path.realpath(sys.executable)
     shown = [*readable(), *devices(), *([python] if not _within(python, readable()) else [])]
-    for folder in sorted({str(above) for path in shown for above in PurePath(path).parents[:-1]}):
+    above = {str(folder) for path in shown for folder in PurePath(path).parents[:-1]}
+    for folder in sorted(above):
         command += ["--perms", "0755", "--dir", folder]
     for path in shown:
         if os.path.islink(path):
@@ -357,6 +363,15 @@ def bubblewrap(job: dict[str, Any], modules: str, start: str) -> list[str]:
     command += ["--perms", "0755", "--dir", "/code"]
     command += ["--ro-bind", modules, f"/code/{os.path.basename(modules)}"]
     command += ["--perms", "1777", "--size", str(job["limits"]["disk"]), "--tmpfs", FOLDER]
-    command += ["--remount-ro", "/", "--chdir", FOLDER, "--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
+    command += [
+        "--remount-ro",
+        "/",
+        "--chdir",
+        FOLDER,
+        "--clearenv",
+        "--setenv",
+        "PYTHONHASHSEED",
+        "0",
+    ]
     command += ["--", python, "-s", "-P", "-S", "-X", "utf8", "-c", start, "/code"]
     return [*command, "inside", json.dumps(job)]
