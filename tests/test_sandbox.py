@@ -53,7 +53,10 @@ ESCAPES = {
     """,
     "writes a file outside": "open(SECRET + '.new', 'w').write('x')",
     "changes a file outside": "open(SECRET, 'a').write('x')",
-    "renames a file outside": "os.rename(SECRET, SECRET + '.moved'); os.rename(SECRET + '.moved', SECRET)",
+    "renames a file outside": """
+        os.rename(SECRET, SECRET + '.moved')
+        os.rename(SECRET + '.moved', SECRET)
+    """,
     "changes permissions outside": "os.chmod(SECRET, 0o644)",
     "cuts a file outside": "os.truncate(SECRET, 3)",
     "makes a folder outside": "os.mkdir(SECRET + '.folder')",
@@ -87,8 +90,6 @@ ESCAPES = {
     "leaves its time behind": "resource.setrlimit(resource.RLIMIT_CPU, (9999, 9999))",
     "opens more files": "files = [open('/dev/null') for _ in range(100)]",
 }  # fmt: skip
-# what the weak form, where it has its filter and Landlock, does not promise
-SEEN_BY_THE_WEAK = set()
 
 
 def attempts(which, **places):
@@ -292,9 +293,14 @@ def test_threads_can_be_had_but_not_without_end(box):
 
 def test_crashes_are_told_by_their_signals(box):
     assert box.run("import ctypes; ctypes.string_at(0)").exit == 128 + signal.SIGSEGV
-    deep = (
-        "import sys\nsys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\nrepr(x)"
-    )
+    deep = """
+    import sys
+    sys.setrecursionlimit(10**9)
+    x = []
+    for _ in range(3 * 10**5): x = [x]
+    repr(x)
+    """
+    deep = textwrap.dedent(deep)
     assert box.run(deep).exit != 0
     assert box.run("import os; os.abort()").exit == 128 + signal.SIGABRT
     kills_itself = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
@@ -393,7 +399,7 @@ def test_results_are_those_of_python(box):
     assert box.run("print(__name__, __file__)").exit == 1  # there is no file
     assert box.run("import sys; sys.exit('bad')").errors == "bad\n"
     assert box.run("import atexit; atexit.register(print, 'end'); print('a')").output == "a\nend\n"
-    late = "import threading, time\nt = threading.Thread(target=lambda: (time.sleep(.1), print('b')))\nt.start()"
+    late = "import threading\nthreading.Timer(0.1, print, ('b',)).start()"
     assert box.run(late).output == "b\n"
     long = "x" * 300_000
     assert box.run("print(input())", long).output == long + "\n"
@@ -416,7 +422,12 @@ def test_the_standard_library_is_there(box):
 
 
 def test_every_run_is_the_same_and_sees_nothing_of_another(box):
-    program = "import random\nprint(random.random(), list({'a', 'b', 'c', 'd', 'e'}), __import__('os').listdir('.'))\nopen('x', 'w')"
+    program = """
+    import os, random
+    print(random.random(), list({"a", "b", "c", "d", "e"}), os.listdir("."))
+    open("x", "w")
+    """
+    program = textwrap.dedent(program)
     first = box.run(program)
     assert first.exit == 0
     assert box.run(program) == first
@@ -482,10 +493,13 @@ def test_a_snippet_that_takes_too_long_is_interrupted_and_variables_live_on(best
         result = python.run("print('a')\nwhile True: x += 1")
         assert (result.limit, result.output) == ("time", "a\n")
         assert python.run("x > 1").output == "True\n"
-        stubborn = (
-            "while True:\n    try:\n        while True: x = 1\n    except BaseException: pass"
-        )
-        assert python.run(stubborn).limit == "time"
+        stubborn = """
+        while True:
+            try:
+                while True: sum(range(10))
+            except BaseException: pass
+        """
+        assert python.run(textwrap.dedent(stubborn)).limit == "time"
         assert not python.alive
         assert python.run("x") == sandbox.Result("", "", 1, "ended")
 
@@ -527,7 +541,7 @@ CHEATS = {
     "exits with success": "import sys\nsys.exit(0)",
     "exits within": "import sys\ndef f(x): sys.exit(0)",
     "exits at once": "import os\ndef f(x): os._exit(0)",
-    "exits at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): raise SystemExit",
+    "exits at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): exit()",
     "prints success": "print('True\\nOK\\npassed')\ndef f(x): print('passed')",
     "equals everything": """
         class Any:
@@ -772,7 +786,8 @@ CROSSING = {
         p = P(1)
         assert p.add(5).add(6) == p and len(p) == 2 and p[1] == 6 and list(p) == [5, 6]
         p.x = 3
-        assert repr(p + P(2)) == 'P(5)' and p == P(3) and isinstance(p, P) and not isinstance(1, P) and p != 3
+        assert repr(p + P(2)) == 'P(5)' and p == P(3) and p != 3
+        assert isinstance(p, P) and not isinstance(1, P)
     """,
     "named tuples": r"""
         from collections import namedtuple
@@ -873,7 +888,7 @@ def test_humaneval():
     with gzip.open(HUMANEVAL) as file:
         rows = [json.loads(line) for line in file]
     # plain ones, helpers in the prompt, random inputs, a module of the prompt
-    rows = [rows[i] for i in (0, 1, 32, 38, 50, 53, 115, 160)]
+    rows = [rows[i] for i in (0, 32, 38, 53, 115)]
     columns = {key: [row[key] for row in rows] for key in ("test", "entry_point")}
     prompts = [row["prompt"] for row in rows]
     right = [row["canonical_solution"] for row in rows]
@@ -884,7 +899,7 @@ def test_humaneval():
     assert rewards(whole[:2], chats[:2], **{k: v[:2] for k, v in columns.items()}) == [1, 1]
     assert rewards(["    return None\n"] * len(rows), prompts, **columns) == [0] * len(rows)
     poly = "    return 0\n\ndef poly(xs, x):\n    return 0\n"
-    assert rewards([poly], prompts[2:3], **{k: v[2:3] for k, v in columns.items()}) == [0]
+    assert rewards([poly], prompts[1:2], **{k: v[1:2] for k, v in columns.items()}) == [0]
 
 
 @pytest.mark.parametrize(
@@ -909,7 +924,7 @@ def test_rows_without_usable_tests_are_named(columns, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"time_limit": 0}, "time_limit must be a positive number, got 0"),
+        ({"time_limit": 0}, "time_limit must be above 0, got 0"),
         ({"memory": 1.5}, "memory must be a positive whole number, got 1.5"),
         ({"parallel": True}, "parallel must be a positive whole number, got True"),
         ({"partial": "some"}, "partial must be true or false, got 'some'"),

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -99,8 +100,9 @@ class Sandbox:
     ):
         self.isolation = choose(isolation)
         self.limits = limits or Limits()
-        self.parallel = parallel or len(os.sched_getaffinity(0))
+        self.parallel = parallel or _cores()
         self._idle: queue.SimpleQueue[_Server] = queue.SimpleQueue()
+        self._at_the_end = weakref.finalize(self, _close_all, self._idle)
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -110,11 +112,7 @@ class Sandbox:
 
     def close(self) -> None:
         """End the idle servers; those at work end after their run."""
-        while True:
-            try:
-                self._idle.get_nowait().close()
-            except queue.Empty:
-                return
+        _close_all(self._idle)
 
     def run(self, program: str, stdin: str = "") -> Result:
         """Run a program, as `python program.py` would, with text on its standard input."""
@@ -158,7 +156,11 @@ class Sandbox:
     def map(self, function: Callable[[_Item], _Found], items: Sequence[_Item]) -> list[_Found]:
         """`function` of every item, as many at a time as this sandbox runs in parallel."""
         with ThreadPoolExecutor(max(1, min(self.parallel, len(items)))) as pool:
-            return list(pool.map(function, items))
+            try:
+                return list(pool.map(function, items))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     @contextlib.contextmanager
     def _server(self) -> Iterator["_Server"]:
@@ -172,6 +174,12 @@ class Sandbox:
             server.close()
             raise
         self._idle.put(server)
+
+
+def _close_all(idle: "queue.SimpleQueue[_Server]") -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            idle.get_nowait().close()
 
 
 class Interpreter:
@@ -463,6 +471,13 @@ def _limit_in(errors: str) -> str | None:
         return "memory"
     full = (errno.EFBIG, errno.ENOSPC)
     return "disk" if any(last.startswith(f"OSError: [Errno {e}]") for e in full) else None
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose(isolation: str | None = None) -> str:

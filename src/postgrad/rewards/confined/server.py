@@ -18,31 +18,11 @@ from typing import Any, NoReturn
 
 from . import messages, tasks, walls
 
-_COMMON = [
-    "array",
-    "bisect",
-    "collections",
-    "copy",
-    "ctypes",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "enum",
-    "fractions",
-    "functools",
-    "heapq",
-    "itertools",
-    "json",
-    "linecache",
-    "math",
-    "operator",
-    "random",
-    "re",
-    "statistics",
-    "string",
-    "traceback",
-    "typing",
-]
+_COMMON = (
+    "array", "bisect", "collections", "copy", "ctypes", "dataclasses", "datetime", "decimal",
+    "enum", "fractions", "functools", "heapq", "itertools", "json", "linecache", "math", "operator",
+    "random", "re", "statistics", "string", "traceback", "typing",
+)  # fmt: skip
 
 # run by `python -c` with the folder above this one as its first argument
 START = """\
