@@ -247,6 +247,7 @@ class _Server:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the trainer, which may finish its step
                 cwd="/",
             )
 
@@ -300,6 +301,7 @@ class _Run:
             "limits": asdict(limits),
             "isolation": server.isolation,
             "folder": self._folder,
+            "bwrap": shutil.which("bwrap"),
         }
         try:
             messages.send(server.connection, job, given)
@@ -515,7 +517,7 @@ def why_not(isolation: str) -> str | None:
         return "the program bwrap is not installed"
     try:
         server = _Server(isolation)
-        with contextlib.closing(server), server.begin("run", Limits()) as trial:
+        with contextlib.closing(server), server.begin("run", Limits(wall=60)) as trial:
             trial.say("import ctypes, math; print(6 * 7)")
             result = trial.finish()
     except (PostgradError, OSError) as error:

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import signal
 import struct
 import sys
@@ -341,7 +340,7 @@ def bubblewrap(job: dict[str, Any], modules: str, start: str) -> list[str]:
     `modules` is the folder of these modules, `start` the statement that runs them.
     """
     command = [
-        *(shutil.which("bwrap", path=os.defpath) or "bwrap",),
+        job["bwrap"],
         *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
         *("--unshare-cgroup-try", "--new-session", "--die-with-parent", "--cap-drop", "ALL"),
     ]
