@@ -33,8 +33,8 @@ class Training:
     metrics: list[Metrics] = field(default_factory=list)
 
     def series(self, name: str) -> list[float]:
-        """A metric at every step that learnt something."""
-        return [metrics[name] for metrics in self.metrics if metrics]
+        """A metric at every step that learnt something; a 0 if none did."""
+        return [metrics[name] for metrics in self.metrics if metrics] or [0.0]
 
     def curve(self, name: str, every: int = 5) -> Curve:
         points = [(float(i + 1), m[name]) for i, m in enumerate(self.metrics) if m]
