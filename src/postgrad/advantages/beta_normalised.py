@@ -36,7 +36,7 @@ class BetaFit:
 
 
 def fit_normaliser(rates: Tensor) -> BetaFit:
-    """The normaliser of least variance for success rates `[Q]` of Q prompts (BNPO, theorem 1).
+    """The normaliser of least variance for success rates `[Q]` of Q prompts (BNPO).
 
         c = m (1 - m) / v - 1,   a = c m,   b = c (1 - m),   alpha = 1 + a/3,   beta = 1 + b/3
 
