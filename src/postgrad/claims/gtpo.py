@@ -107,9 +107,9 @@ CLAIM = Claim(
     statement="At a learning rate that unsettles GRPO, GTPO keeps the form of answers and ends at "
     "a higher accuracy.",
     task="addition with the answer in brackets, `<8110>`: a small transformer, warmed up until it "
-    f"solves about half of the 3-digit sums; {STEPS} steps of {PROMPTS} fresh prompts (a third each "
-    f"of 1, 2 and 3 digits) with {SAMPLES} samples, 1 for the form and 1 for the sum; accuracy of "
-    f"greedy answers to {TESTED} unseen 3-digit sums",
+    f"solves about half of the 3-digit sums; {STEPS} steps of {PROMPTS} prompts (a third "
+    f"each of 1, 2 and 3 digits) with {SAMPLES} samples, 1 for the form and 1 for the sum; "
+    f"accuracy of greedy answers to {TESTED} unseen 3-digit sums",
     metric=METRIC,
     higher_is_better=True,
     method="GTPO",

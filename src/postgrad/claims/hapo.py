@@ -129,9 +129,9 @@ CLAIM = Claim(
     statement="Rewarded against the shortest correct answer that each prompt has had, correct "
     "answers become shorter than under GRPO on correctness alone.",
     task=f"addition after 0 to {MOST} dots, which a small transformer has learnt to write at "
-    f"random before the four digits of the sum; {EPOCHS} passes over {ROWS} sums of {DIGITS} digits, "
-    f"{PROMPTS} a step with {SAMPLES} samples; tokens of correct samples to {TESTED} unseen sums "
-    "(5 is the least), and how many are correct",
+    f"random before the four digits of the sum; {EPOCHS} passes over {ROWS} sums of {DIGITS} "
+    f"digits, {PROMPTS} a step with {SAMPLES} samples; tokens of correct samples for {TESTED} new "
+    "sums (5 is the least), and how many are correct",
     metric=METRIC,
     higher_is_better=False,
     method="HAPO",
