@@ -207,7 +207,7 @@ def test_only_complete_responses_are_judged_and_by_the_whole_of_them():
     texts = []
     for batch in some_steps(method, 6):
         for i in range(len(batch)):
-            text = method.policy.decode(batch.written[i])
+            text = method.policy.decode(batch.so_far[i])
             if batch.complete[i]:
                 texts.append(text)
                 assert float(batch.reward[i]) == pytest.approx(vowels([text])[0])
@@ -224,16 +224,16 @@ def test_the_policy_learns_from_the_windows_tokens_alone():
     method = made(standardise=False)
     batch = some_steps(method, 3)[-1]
     moved(method, 0.01)
-    assert any(len(whole) > 3 for whole in batch.written)
+    assert any(len(whole) > 3 for whole in batch.so_far)
     method.policy.zero_grad()
     loss, metrics = method.loss(batch)
     loss.backward()
     got = {name: p.grad.clone() for name, p in method.policy.named_parameters()}
     # by the plain formula, over whole responses of which only the last tokens count
     method.policy.zero_grad()
-    scores = method.policy.score(batch.origin, batch.written)
+    scores = method.policy.score(batch.origin, batch.so_far)
     total, tokens = 0.0, int(batch.mask.sum())
-    for i, whole in enumerate(batch.written):
+    for i, whole in enumerate(batch.so_far):
         new = scores.logprobs[i, len(whole) - int(batch.mask[i].sum()) : len(whole)]
         advantages = batch.advantages[i, : len(new)]
         ratio = (new - batch.old_logprobs[i, : len(new)]).exp()
@@ -258,14 +258,14 @@ def test_the_critic_learns_from_all_tokens_of_finished_responses():
     batch = next(
         b
         for b in some_steps(method, 8)
-        if any(done and len(w) > 3 for done, w in zip(b.complete, b.written, strict=True))
+        if any(done and len(w) > 3 for done, w in zip(b.complete, b.so_far, strict=True))
     )
     whole = method.finished_responses(batch)
     done = batch.complete.nonzero().squeeze(1).tolist()
     assert len(whole) == len(done)
     for k, i in enumerate(done):
-        length = len(batch.written[i])
-        assert whole.responses[k].equal(batch.written[i])
+        length = len(batch.so_far[i])
+        assert whole.responses[k].equal(batch.so_far[i])
         assert whole.prompts[k].equal(batch.origin[i])
         expected = [float(batch.reward[i]) * 0.9 ** (length - 1 - t) for t in range(length)]
         assert whole.returns[k, :length].tolist() == pytest.approx(expected)

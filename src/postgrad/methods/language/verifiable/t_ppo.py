@@ -124,7 +124,7 @@ class TPPO(ActorCritic):
             reward=reward,
             terms=terms,
             origin=windows.prompts,
-            written=windows.whole,
+            so_far=windows.whole,
             complete=windows.complete,
         )
         with timed("scoring"):
@@ -200,13 +200,13 @@ class TPPO(ActorCritic):
     def finished_responses(self, batch: Batch) -> Batch:
         """The critic's batch: responses that are complete, in whole, with `returns` `[N, T]`."""
         done = batch.select(batch.complete.nonzero().squeeze(1))
-        lengths = torch.tensor([len(response) for response in done.written])
+        lengths = torch.tensor([len(response) for response in done.so_far])
         places = torch.arange(int(lengths.max()))[None]
         mask = places < lengths[:, None]
         to_go = (lengths[:, None] - 1 - places).clamp(min=0)
         whole = Batch(
             prompts=done.origin,
-            responses=done.written,
+            responses=done.so_far,
             mask=mask,
             cost=lengths,
             shared_cost=torch.tensor([len(prompt) for prompt in done.origin]),
@@ -223,7 +223,7 @@ class TPPO(ActorCritic):
         """Rewards and lengths are of complete responses, and left out where there are none."""
         metrics = describe_rollouts(batch)
         done = batch.complete
-        lengths = torch.tensor([float(len(response)) for response in batch.written])
+        lengths = torch.tensor([float(len(response)) for response in batch.so_far])
         described = {
             "response/entropy": metrics["response/entropy"],
             "advantage/spread": metrics["advantage/spread"],
