@@ -521,7 +521,7 @@ def why_not(isolation: str) -> str | None:
             trial.say("import ctypes, math; print(6 * 7)")
             result = trial.finish()
     except (PostgradError, OSError) as error:
-        return str(error)
+        return str(error).removeprefix(f"sandbox {isolation!r}: ")
     if result.output != "42\n":
         return " ".join(result.errors.split())[-200:] or f"a trial ended with {result.exit}"
     return None
