@@ -48,6 +48,7 @@ def main() -> None:
     connection.set_inheritable(False)
     for name in _COMMON:
         importlib.import_module(name)
+    messages.send(connection, "ready")
     while True:
         files: list[int] = []
         try:
