@@ -518,12 +518,21 @@ def test_a_snippet_that_takes_too_long_is_interrupted_and_variables_live_on(best
         assert python.run("x") == sandbox.Result("", "", 1, "ended")
 
 
+FORGED = """
+import json, os, time
+data = json.dumps(["exit"]).encode()
+os.write(3, len(data).to_bytes(8, "big") + data)
+time.sleep(50)
+"""
+
+
 def test_what_ends_an_interpreter(best):
     cases = {
         "import os; print('a', flush=True); os._exit(3)": (3, None),
         "import ctypes; ctypes.string_at(0)": (128 + signal.SIGSEGV, None),
         "while True: print('x' * 1000)": (128 + signal.SIGKILL, "output"),
-        # a forged answer that is none
+        # forged answers
+        FORGED: (137, "output"),
         "import os; os.write(3, bytes([255] * 8)); import time; time.sleep(50)": (137, "output"),
     }
     for snippet, (code, limit) in cases.items():
