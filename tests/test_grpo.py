@@ -44,7 +44,9 @@ def taken_gradients(method):
 
 def test_the_loss_is_deepseekmaths_computed_one_token_at_a_time():
     """Equation 3 of the paper with its KL, by loops over a real rollout after a real step."""
-    method = made(minibatches=2, kl_coefficient=0.04, clip_low=0.05, clip_high=0.1)
+    method = made(
+        minibatches=2, kl_coefficient=0.04, mask={"name": "ppo", "clip_low": 0.05, "clip_high": 0.1}
+    )
     batch = method.collect(0)
     moved(method)
     loss, metrics = method.loss(batch)
@@ -149,7 +151,7 @@ def test_rejection_fine_tuning_raises_what_was_right_and_nothing_else():
     def first_of_each_prompt(completions):
         return [float(i % 4 == 0) for i in range(len(completions))]
 
-    method = made(first_of_each_prompt, baseline="none")
+    method = made(first_of_each_prompt, advantage="reward")
     batch = method.collect(0)
     assert batch.advantages.equal(batch.reward)
     one_step(method, batch)
@@ -164,7 +166,7 @@ def test_rejection_fine_tuning_raises_what_was_right_and_nothing_else():
 
 
 def test_a_single_sample_does_without_the_group():
-    batch = made(baseline="none", rollout={"samples": 1, "max_new_tokens": 5}).collect(0)
+    batch = made(advantage="reward", rollout={"samples": 1, "max_new_tokens": 5}).collect(0)
     assert len(batch) == 4
 
 
@@ -267,13 +269,16 @@ def refused(tmp_path, message, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rollout": {"samples": 1}}, r"rollout.samples: .*at least 2 samples a prompt, got 1"),
+        ({"rollout": {"samples": 1}}, r"rollout.samples: .*at least 2 samples, got 1"),
         ({"rollout": {"max_new_tokens": 0}}, r"rollout.max_new_tokens: .*greater than 0, got 0"),
         ({"rollout": {"max_new_tokens": 1024}}, r"leaves no room for a prompt"),
         ({"rollout": {"temperature": 0}}, r"rollout.temperature: .*greater than 0"),
         ({"minibatches": 5}, r"minibatches: 5 .*batch_size of 4"),
-        ({"clip_low": 1.0}, r"clip_low: .*less than 1"),
-        ({"dual_clip": 1.0}, r"dual_clip: .*greater than 1"),
+        ({"mask": {"clip_low": 1.0}}, r"^mask.clip_low: .*less than 1"),
+        ({"mask": {"dual_clip": 1.0}}, r"^mask.dual_clip: .*greater than 1"),
+        ({"mask": "pppo"}, r"^mask: unknown mask 'pppo': did you mean 'ppo'"),
+        ({"mask": {"clip_hihg": 1.0}}, r"^mask: unknown key 'clip_hihg': did you mean 'clip_high'"),
+        ({"gradient": "shaped"}, r"gradient: 'shaped' .* over denominator=one, not over 'sampler'"),
         ({"reward": "nummeric"}, r"unknown reward 'nummeric': did you mean 'numeric'"),
         ({"reward_time_limit": 0}, r"reward_time_limit: .*greater than 0"),
         ({"data": [{"prompt": ""}]}, r"row 1: column 'prompt' is empty"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Batch:
@@ -65,11 +66,14 @@ class Batch:
         return Batch(**self._take(index))
 
     def joined(self, other: "Batch") -> "Batch":
-        """These items and then those of `other`, which has the same fields, as a whole batch."""
+        """These items and then those of `other`, which has the same fields, as a whole batch.
+
+        Where their responses differ in length, `[N, T]` is filled with zeros on the right.
+        """
         fields: dict[str, Any] = {}
         for name, more in other.fields().items():
             own = self._fields[name]
-            fields[name] = torch.cat([own, more]) if isinstance(own, Tensor) else [*own, *more]
+            fields[name] = _stacked(own, more) if isinstance(own, Tensor) else [*own, *more]
         return Batch(**fields)
 
     def split(self, budget: int | None) -> Iterator["Batch"]:
@@ -111,3 +115,10 @@ class Batch:
             name: values[index] if isinstance(values, Tensor) else [values[i] for i in positions]
             for name, values in self._fields.items()
         }
+
+
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    if one.dim() == 1:
+        return torch.cat([one, other])
+    longest = max(one.shape[1], other.shape[1])
+    return torch.cat([functional.pad(t, (0, longest - t.shape[1])) for t in (one, other)])

@@ -1,17 +1,18 @@
 """Typed settings: one source for defaults, YAML, dotted overrides, errors that name the key."""
 
 import difflib
+import importlib
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 
-from postgrad.errors import PostgradError
+from postgrad.errors import PostgradError, unknown
 
 S = TypeVar("S", bound="Settings")
 
@@ -57,6 +58,48 @@ class Settings(BaseModel):
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"{name}: expected a finite number, got {value}")
         return values
+
+
+class Choice(Settings):
+    """One of several implementations by its name, with the settings of that one.
+
+    In a configuration `mask=ppo`, or `mask.clip_high=0.28` of the one that is the default, or both.
+    A subclass says what the choice is of (`kind`) and where each implementation is; that is a class
+    with its own settings as `Config`, imported when it is chosen.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    kind: ClassVar[str]
+    implementations: ClassVar[Mapping[str, str]]
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_word_is_a_name(cls, values: Any) -> Any:
+        return {"name": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _settings_of_the_chosen(self) -> "Choice":
+        try:
+            own = validated(self.implementation(self.name).Config, self.model_extra or {})
+        except PostgradError as error:
+            place = ": " if str(error).startswith("unknown") else "."  # of one of its settings
+            raise ValueError(f"{self.kind}{place}{error}") from None
+        self.__pydantic_extra__ = own.model_dump()
+        return self
+
+    @classmethod
+    def implementation(cls, name: str) -> Any:
+        """The class of that name, or an error that suggests the nearest one."""
+        if name not in cls.implementations:
+            raise unknown(cls.kind, name, cls.implementations)
+        module, _, found = cls.implementations[name].partition(":")
+        return getattr(importlib.import_module(module), found)
+
+    def settings(self) -> Any:
+        """The settings of the chosen implementation."""
+        return self.implementation(self.name).Config(**(self.model_extra or {}))
 
 
 class LoopSettings(Settings):
@@ -215,7 +258,7 @@ def validated(kind: type[S], values: Mapping[str, Any]) -> S:
         if first["type"] == "extra_forbidden":
             raise unknown_key(key, dotted_keys(kind)) from None
         message = first["msg"].removeprefix("Value error, ")
-        if message.startswith(f"{key}:") or not key:
+        if message.startswith((f"{key}:", f"{key}.")) or not key:
             raise PostgradError(message) from None
         raise PostgradError(
             f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
@@ -236,8 +279,18 @@ def resolve(
         for name, field in kind.model_fields.items()
         if isinstance(default := field.get_default(call_default_factory=True), Settings)
     }
+    choices: dict[str, Any] = {
+        name: default if isinstance(default, Mapping) else {"name": default}
+        for name, field in kind.model_fields.items()
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, Choice)
+        and (default := field.get_default(call_default_factory=True)) is not None
+    }
+    values |= choices
     for layer in (recipe, *layers):
-        values = merge(values, layer)
+        # another implementation brings its own settings
+        other = [name for name in choices if _names_another(values[name], layer.get(name))]
+        values = merge({k: v for k, v in values.items() if k not in other}, layer)
     loop_names = set(LoopSettings.model_fields)
     known = [*dotted_keys(kind), *dotted_keys(LoopSettings)]
     for key in values:
@@ -246,6 +299,13 @@ def resolve(
     loop = validated(LoopSettings, {k: v for k, v in values.items() if k in loop_names})
     own = validated(kind, {k: v for k, v in values.items() if k not in loop_names})
     return loop, own
+
+
+def _names_another(chosen: Any, value: Any) -> bool:
+    """Whether a layer's value for a choice is of another implementation than the one so far."""
+    now = chosen["name"] if isinstance(chosen, Mapping) else chosen
+    named = value.get("name", now) if isinstance(value, Mapping) else value
+    return value is not None and named != now
 
 
 def flat(settings: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -68,6 +68,21 @@ def batch_standardised(
     return torch.zeros_like(values).masked_scatter(mask, standardised)
 
 
+def lite(rewards: Tensor, groups: Tensor, std: Deviation = "sample", eps: float = 1e-6) -> Tensor:
+    """A_i = (r_i - mean of its group) / (deviation of ALL rewards + eps), `[N]` (2508.08221).
+
+    The deviation is that of the raw rewards, whatever their groups. All-equal groups have 0. Raises
+    ValueError for fewer than two rewards.
+    """
+    index, counts = _groups(rewards, groups)
+    whole = torch.tensor([len(rewards)], dtype=rewards.dtype, device=rewards.device)
+    _expect_two(whole)
+    everywhere = _centred(rewards, torch.zeros_like(index), whole)
+    deviation = (everywhere.square().sum() / _divisor(whole, std)).sqrt()
+    centred = _centred(rewards, index, counts)
+    return torch.where(centred == 0, 0.0, centred / (deviation + eps))
+
+
 def spread_to_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
     """Every token of a response gets its advantage: `[N]` and mask `[N, T]` to `[N, T]`, else 0."""
     if mask.ndim != 2 or advantages.shape != mask.shape[:1]:

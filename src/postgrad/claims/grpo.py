@@ -17,10 +17,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "GRPO": {"learning_rate": 3e-4},
     "Dr. GRPO": {
         "learning_rate": 3e-4,
-        "normalise": "none",
+        "advantage": "centred",
         "aggregation": "sequence-sum-constant",
     },
-    "online rejection fine-tuning": {"learning_rate": 3e-4, "baseline": "none"},
+    "online rejection fine-tuning": {"learning_rate": 3e-4, "advantage": "reward"},
 }
 
 

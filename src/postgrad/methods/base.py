@@ -85,6 +85,11 @@ class Method(ABC):
     def modules(self) -> dict[str, nn.Module]:
         """The networks by name. Each that has trainable parameters gets its own optimiser."""
 
+    @classmethod
+    def four_parts(cls) -> FourParts | None:
+        """Its four parts in words, if it is a policy gradient."""
+        return cls.parts
+
     def rates(self) -> dict[str, float]:
         """Multiples of the run's learning rate by module; 1 where not given."""
         return {}

@@ -59,6 +59,41 @@ class Snapshot:
             weight.copy_(state[name])
 
 
+class LaggingPolicy:
+    """What samples when it is brought up to date only now and then, and late.
+
+    At every step that is a multiple of `every` the module's weights are taken, and `delay` steps
+    later they take the place of the older ones. The first are there at once.
+    """
+
+    def __init__(self, module: nn.Module, every: int, delay: int = 0):
+        self._module, self._every, self._delay = module, every, delay
+        self._taken: list[tuple[int, Snapshot]] = []
+
+    @contextmanager
+    def acting(self, step: int) -> Iterator[None]:
+        """Inside, the module computes with what has arrived by this step, without gradients.
+
+        Steps may not go back.
+        """
+        if not self._taken or (step % self._every == 0 and self._taken[-1][0] < step):
+            self._taken.append((step, Snapshot(self._module)))
+        while len(self._taken) > 1 and self._taken[1][0] + self._delay <= step:
+            self._taken.pop(0)
+        with self._taken[0][1].acting():
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(step): taken.state_dict() for step, taken in self._taken}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._taken = []
+        for step, weights in state.items():
+            taken = Snapshot(self._module)
+            taken.load_state_dict(weights)
+            self._taken.append((int(step), taken))
+
+
 def soup(ingredients: Sequence[Weights], shares: Sequence[float]) -> Weights:
     """The weighted sum of weights of one architecture, in float32.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from postgrad.objectives.shapes import expect_same_shape, expect_tokens
 
 RatioLevel = Literal["token", "sequence"]
-Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum-constant"]
+Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum", "sequence-sum-constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -121,17 +121,31 @@ def _expect_clip_range(clip_low: float, clip_high: float) -> None:
 
 
 def kl_estimate(
-    logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, kind: KLEstimator = "k3"
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    mask: Tensor,
+    kind: KLEstimator = "k3",
+    level: RatioLevel = "token",
 ) -> Tensor:
     """Estimates of KL(pi || pi_ref) from tokens that pi sampled, `[N, T]`, 0 at padding.
 
     With d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020):
     "k1" d, unbiased, may be negative; "k2" d^2/2, biased, its gradient is that of the KL in
     expectation; "k3" exp(-d) - 1 + d, unbiased and never negative. The gradient flows through
-    `logprobs` only.
+    `logprobs` only. At level "sequence" d is that of the whole response, the sum over its tokens,
+    and the tokens share the estimate evenly: their sum is that of the response.
     """
     expect_tokens(mask, logprobs=logprobs, reference_logprobs=reference_logprobs)
     difference = _log_ratio(logprobs, reference_logprobs.detach(), mask)
+    if level == "token":
+        return _divergence(difference, kind)
+    if level == "sequence":
+        whole = _divergence(difference.sum(1, keepdim=True), kind)
+        return torch.where(mask, whole / mask.sum(1, keepdim=True).clamp(min=1), 0.0)
+    raise ValueError(f"level must be 'token' or 'sequence', got {level!r}")
+
+
+def _divergence(difference: Tensor, kind: KLEstimator) -> Tensor:
     if kind == "k1":
         return difference
     if kind == "k2":
@@ -155,6 +169,8 @@ def aggregate(
     - "token-mean": over all tokens that count (DAPO, arXiv 2503.14476).
     - "sequence-mean": mean over a response's tokens, then over responses (GRPO, arXiv 2402.03300);
       an empty response contributes 0 and still counts as an item.
+    - "sequence-sum": sum over a response's tokens, then mean over responses (REINFORCE of whole
+      responses).
     - "sequence-sum-constant": sum over a response's tokens divided by `constant`, usually the
       longest allowed response, then mean over responses (Dr. GRPO, arXiv 2503.20783).
 
@@ -171,12 +187,15 @@ def aggregate(
     if how == "sequence-mean":
         means = values.sum(1) / mask.sum(1).clamp(min=1)
         return means.sum() / _at_least_one(items, "items")
+    if how == "sequence-sum":
+        return values.sum() / _at_least_one(items, "items")
     if how == "sequence-sum-constant":
         if constant is None or not constant > 0:
             raise ValueError(f"'sequence-sum-constant' needs a positive constant, got {constant}")
         return values.sum() / (_at_least_one(items, "items") * constant)
     raise ValueError(
-        "how must be 'token-mean', 'sequence-mean' or 'sequence-sum-constant', got " + repr(how)
+        "how must be 'token-mean', 'sequence-mean', 'sequence-sum' or 'sequence-sum-constant', got "
+        + repr(how)
     )
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from postgrad.catalogue import Entry, entry, method_class
-from postgrad.config import LoopSettings, Settings
+from postgrad.config import Choice, LoopSettings, Settings
 from postgrad.reports.claim import verdict_text
 
 _BOUNDS = {
@@ -69,7 +69,7 @@ def method_facts(slug: str) -> MethodFacts:
         entry=found,
         description=description,
         equation=equation(description),
-        parts=asdict(kind.parts) if kind.parts else {},
+        parts=asdict(parts) if (parts := kind.four_parts()) else {},
         settings=tuple(setting_facts(kind.Config, own)),
         loop=tuple(setting_facts(LoopSettings, loop)),
         result=found.result(),
@@ -104,6 +104,9 @@ def _facts(
     for name in sorted(kind.model_fields, key=lambda name: _declared(kind, name)):
         about = kind.model_fields[name]
         default = getattr(values, name) if values else about.get_default(call_default_factory=True)
+        if isinstance(about.annotation, type) and issubclass(about.annotation, Choice):
+            facts += _choice_facts(f"{prefix}{name}", about, recipe.get(name, default))
+            continue
         if isinstance(default, Settings):
             inner = recipe.get(name, {})
             facts += _facts(type(default), inner, f"{prefix}{name}.", default)
@@ -118,6 +121,20 @@ def _facts(
             )
         )
     return facts
+
+
+def _choice_facts(key: str, about: FieldInfo, default: Any) -> list[SettingFact]:
+    """A choice by name, and the settings of the one that is chosen by default."""
+    kind: Any = about.annotation
+    chosen: Choice = kind.model_validate(default)
+    extra = about.json_schema_extra
+    source = str(extra.get("source", "")) if isinstance(extra, dict) else ""
+    names = " | ".join(kind.implementations)
+    own = chosen.settings()
+    return [
+        SettingFact(key, names, chosen.name, about.description or "", source),
+        *_facts(type(own), {}, f"{key}.", own),
+    ]
 
 
 def _declared(kind: type[Settings], name: str) -> int:

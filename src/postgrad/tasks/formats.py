@@ -134,6 +134,22 @@ def is_messages(value: Any) -> bool:
     )
 
 
+def edited(prompt: str | list[Row], change: Callable[[str], str]) -> str | list[Row]:
+    """A prompt after a change of its text; of a conversation, of the user's last turn.
+
+    Raises:
+        PostgradError: no turn of a conversation is the user's.
+    """
+    if isinstance(prompt, str):
+        return change(prompt)
+    spoken = [i for i, turn in enumerate(prompt) if turn["role"] == "user"]
+    if not spoken:
+        raise PostgradError("a prompt has no turn of the user to add to")
+    last = spoken[-1]
+    turn = {**prompt[last], "content": change(prompt[last]["content"])}
+    return [*prompt[:last], turn, *prompt[last + 1 :]]
+
+
 def _sources(format: Format, columns: Iterable[str]) -> dict[str, str | None]:
     """For each column of the format, the column that holds it."""
     names = set(columns)

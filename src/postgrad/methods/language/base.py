@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class RolloutSettings(Settings):
 
 class LanguageSettings(Settings):
     """Settings of every method that trains a causal language model."""
+
+    flips_verdicts: ClassVar[bool] = False  # data.flip_rate is no concern of the data then
 
     model: str = setting("smollm2", "smollm2, tiny, a local folder, or a Hugging Face id")
     data: DataSettings = setting(DataSettings(name="docstrings"), "training data")
@@ -121,10 +123,10 @@ def find_examples(
 ) -> tuple[Examples, Examples | None, Epochs]:
     """The training data, at most `eval_size` rows of held-out data, and the order of training."""
     rows = given.get("data")
-    data = find_data(config.data, place, formats, rows)
+    unspoilt = config.data.model_copy(update={"flip_rate": 0.0})
+    data = find_data(unspoilt if config.flips_verdicts else config.data, place, formats, rows)
     formats = held_out_formats or formats
     if "eval_data" in given:
-        unspoilt = config.data.model_copy(update={"flip_rate": 0.0})
         held_out: Examples | None = find_data(unspoilt, place, formats, given["eval_data"])
     else:
         held_out = find_held_out(config, place, formats, rows)
@@ -155,7 +157,6 @@ def render_prompts(
     Tasks whose prompts are meant for chat models come as a user turn where the model has a chat
     template.
     """
-    chat = examples.chat and policy.has_chat_template
     room = policy.context_length - reserve
     limit = min(config.max_prompt_tokens or room, room)
     if limit < 1:
@@ -165,10 +166,7 @@ def render_prompts(
         )
     prompts = []
     for number, row in enumerate(examples.rows):
-        prompt = row["prompt"]
-        if chat and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        ids = policy.render(prompt)
+        ids = render_prompt(policy, examples, row["prompt"])
         if len(ids) > limit:
             raise PostgradError(
                 f"{examples.where(number)}: the prompt has {len(ids)} tokens, at most {limit} fit "
@@ -176,6 +174,15 @@ def render_prompts(
             )
         prompts.append(ids)
     return prompts
+
+
+def render_prompt(
+    policy: TextNetwork, examples: Examples, prompt: str | list[dict[str, Any]]
+) -> Tensor:
+    """Token ids `[P]` of a prompt that is written as those of `examples` are."""
+    if examples.chat and policy.has_chat_template and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return policy.render(prompt)
 
 
 def draw_responses(

@@ -1,4 +1,4 @@
-"""The policy-gradient family on language: rollouts and advantages in, a clipped surrogate out."""
+"""The policy-gradient family on language: sampled responses, and the estimator of four parts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,52 +9,51 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import setting
-from postgrad.methods.base import Method, Metrics, Place
+from postgrad.methods.base import FourParts, Method, Metrics, NothingToLearn, Place
 from postgrad.methods.language.base import (
     Given,
     LanguageSettings,
+    Materials,
     RolloutSettings,
     draw_responses,
-    find_materials,
+    find_examples,
+    named_policy,
     prompt_minibatches,
     require_minibatches,
 )
-from postgrad.methods.language.rollouts import (
-    describe_rollouts,
-    rollout_batch,
-    rollout_rows,
-)
-from postgrad.objectives.policy_gradient import (
-    aggregate,
-    clip_fractions,
-    clipped_surrogate,
-    importance_ratio,
-    kl_estimate,
-)
+from postgrad.methods.language.parts.base import Around
+from postgrad.methods.language.parts.estimator import Estimator, EstimatorSettings
+from postgrad.methods.language.rollouts import describe_rollouts, rollout_rows
+from postgrad.models.scoring import TokenScores
+from postgrad.objectives.policy_gradient import Aggregation, aggregate, kl_estimate
 from postgrad.sampling.generation import Rollouts
 from postgrad.timing import timed
 
 
-class PolicyGradientSettings(LanguageSettings):
-    """Settings of the clipped policy-gradient methods on language."""
+class PolicyGradientSettings(EstimatorSettings, LanguageSettings):
+    """Settings of the policy gradients on language."""
 
     rollout: RolloutSettings = setting(RolloutSettings(), "how the policy is sampled")
     epochs: int = setting(1, "passes over the rollouts of a step", gt=0)
     minibatches: int = setting(1, "optimiser steps a pass", gt=0)
-    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", gt=0, lt=1)
-    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", gt=0)
-    dual_clip: float | None = setting(
-        None, "bound on the loss of negative advantages (dual-clip PPO)", gt=1
-    )
-    importance: Literal["token", "sequence"] = setting("token", "level of the importance ratio")
-    aggregation: Literal["token-mean", "sequence-mean", "sequence-sum-constant"] = setting(
+    aggregation: Aggregation = setting(
         "token-mean", "how token losses become one; the constant is rollout.max_new_tokens"
     )
-    kl_coefficient: float = setting(0.0, "weight of the KL to the initial policy", ge=0)
+    kl_coefficient: float = setting(0.0, "weight of the KL to another policy in the loss", ge=0)
+    kl_reference: Literal["initial", "sampler"] = setting(
+        "initial", "the policy of the KL: that of the run's start, or the one that sampled"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = setting(
+        "k3", "of a token's KL: d, d^2/2, exp(-d) - 1 + d, with d the log-ratio"
+    )
+    kl_level: Literal["token", "sequence"] = setting(
+        "token", "whose log-ratio d is: each token's, or the whole response's"
+    )
+    entropy_coefficient: float = setting(0.0, "weight of the entropy bonus", ge=0)
 
 
-class ClippedPolicyGradient(Method):
-    """Policy gradient on sampled responses. A subclass fills `collect` with `batch_of(...)`.
+class SampledPolicyGradient(Method):
+    """Policy gradient on sampled responses. A subclass fills `collect`, with `learnable(...)`.
 
     With one optimiser step a rollout the policy that is updated is the policy that sampled, so the
     ratio is one by definition and its denominator is the detached numerator: no second pass over
@@ -68,7 +67,7 @@ class ClippedPolicyGradient(Method):
         self,
         config: PolicyGradientSettings,
         place: Place,
-        formats: str,
+        formats: str | tuple[str, ...],
         given: Given,
         *,
         held_out_formats: str | None = None,
@@ -76,12 +75,35 @@ class ClippedPolicyGradient(Method):
         """The data come in `formats`, held-out data in `held_out_formats` where that differs."""
         super().__init__(config, place)
         require_minibatches(config.minibatches, config.batch_size)
-        found = find_materials(config, place, formats, given, held_out_formats=held_out_formats)
-        self.materials = found
-        self.policy, self.data, self.held_out = found.policy, found.data, found.held_out
-        self.order = found.order
-        if config.kl_coefficient > 0:
+        self.data, self.held_out, self.order = find_examples(
+            config, place, formats, given, held_out_formats=held_out_formats
+        )
+        # what does not go together is said before a model is loaded
+        self.estimator = Estimator(
+            config,
+            Around(
+                seed=place.seed,
+                steps=place.steps,
+                prompts=config.batch_size,
+                samples=config.rollout.samples,
+                updates=config.epochs * config.minibatches,
+                stale=self.stale,
+                rows=self.data.rows,
+            ),
+        )
+        self.policy = given["model"] if "model" in given else named_policy(config, place)
+        self.materials = Materials(self.policy, self.data, self.held_out, self.order)
+        if config.kl_coefficient > 0 and config.kl_reference == "initial":
             self.policy.freeze_reference()
+
+    @classmethod
+    def four_parts(cls) -> FourParts | None:
+        return cls.parts or Estimator.described(cls.Config)
+
+    @property
+    def stale(self) -> bool:
+        """Whether an older policy samples."""
+        return False
 
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
@@ -104,75 +126,112 @@ class ClippedPolicyGradient(Method):
             temperature=temperature,
         )
 
-    def batch_of(
-        self,
-        rollouts: Rollouts,
-        step: int,
-        *,
-        group: Tensor,
-        advantages: Tensor,
-        reward: Tensor,
-        terms: dict[str, Tensor],
-    ) -> Batch:
-        """Rollouts as a batch, with each one's group, advantage, reward and reward terms `[N]`."""
-        batch = rollout_batch(
-            rollouts, step, group=group, reward=reward, terms=terms, advantages=advantages.float()
-        )
-        if self.config.epochs * self.config.minibatches > 1:
-            with timed("scoring"), torch.no_grad():
-                batch = batch.with_fields(old_logprobs=self._score(batch).logprobs.cpu())
-        return batch
+    def learnable(self, batch: Batch) -> Batch:
+        """A batch of rewarded responses with advantages and all that stays fixed in the updates.
+
+        Raises:
+            NothingToLearn: no token is left that counts.
+        """
+        batch = self.estimator.prepared(batch, self._with_entropies)
+        if not bool(batch.mask.any()):
+            raise NothingToLearn("every response of the step was left out")
+        return self.with_old_logprobs(batch) if self.needs_old_logprobs else batch
+
+    def with_old_logprobs(self, batch: Batch) -> Batch:
+        """The batch with the log-probabilities that its tokens have now, unless it has any."""
+        if "old_logprobs" in batch:
+            return batch
+        with timed("scoring"), torch.no_grad():
+            return batch.with_fields(old_logprobs=self._score(batch).logprobs.cpu())
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the policy that is updated will differ from the one that sampled."""
+        return self.config.epochs * self.config.minibatches > 1
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Whole prompts' rollouts, shuffled anew in every epoch."""
         config = self.config
         return prompt_minibatches(batch, config.epochs, config.minibatches, self.place.seed)
 
+    def update(self, batch: Batch, optimise: Any) -> Metrics:
+        metrics = super().update(batch, optimise)
+        with torch.no_grad(), optimise.autocast():
+            self.estimator.after(batch, lambda other: self._score(other).logprobs)
+        return metrics
+
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        config = self.config
-        scores = self._score(batch)
-        mask, length = scores.mask, scores.mask.shape[1]
+        bonus = self.config.entropy_coefficient
+        scores = self._score(batch, entropy=bonus > 0)
+        per_token, metrics = self.token_losses(batch, scores)
+        if self.config.kl_coefficient > 0:
+            divergence = self.divergence(batch, scores)
+            scale = self.config.kl_coefficient
+            if "kl_scale" in batch:
+                scale = scale * batch.kl_scale.to(divergence)[:, None]
+            per_token = per_token + scale * divergence
+            metrics["kl_to_reference"] = float(divergence.detach()[scores.mask].mean())
+        if scores.entropies is not None:
+            per_token = per_token - bonus * scores.entropies
+            metrics["entropy"] = float(scores.entropies.detach()[scores.mask].mean())
+        return self.aggregated(per_token, batch, scores), metrics
+
+    def token_losses(self, batch: Batch, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        """The estimator's loss of each token `[N, T]`, and metrics."""
+        return self.estimator.token_losses(batch, scores)
+
+    def divergence(self, batch: Batch, scores: TokenScores) -> Tensor:
+        """The KL of each token `[N, T]`, as an estimate by the sampled one."""
         new = scores.logprobs
-        old = batch.old_logprobs[:, :length].to(new) if "old_logprobs" in batch else new.detach()
-        advantages = batch.advantages.to(new.device)[:, None].expand_as(new)
-        ratio = importance_ratio(new, old, mask, level=config.importance)
-        per_token = clipped_surrogate(
-            ratio, advantages, config.clip_low, config.clip_high, dual_clip=config.dual_clip
-        )
-        clipped = clip_fractions(
-            ratio.detach(), advantages, config.clip_low, config.clip_high, mask
-        )
-        metrics = {f"ratio/{name}": float(value) for name, value in clipped.items()}
-        metrics["ratio/mean"] = float(ratio.detach()[mask].mean())
-        if config.kl_coefficient > 0:
+        if self.config.kl_reference == "sampler":
+            reference = self.estimator.old_logprobs(batch, scores)
+        else:
             with torch.no_grad(), self.policy.reference():
                 reference = self._score(batch).logprobs
-            divergence = kl_estimate(new, reference, mask, kind="k3")
-            per_token = per_token + config.kl_coefficient * divergence
-            metrics["kl_to_reference"] = float(divergence.detach()[mask].mean())
-        value = aggregate(
+        kind, level = self.config.kl_estimator, self.config.kl_level
+        return kl_estimate(new, reference, scores.mask, kind, level)
+
+    def aggregated(self, per_token: Tensor, batch: Batch, scores: TokenScores) -> Tensor:
+        """Token losses `[N, T]` as the batch's share in one number."""
+        return aggregate(
             per_token,
-            mask,
-            config.aggregation,
+            batch.mask[:, : per_token.shape[1]].to(scores.mask) & scores.mask,
+            self.config.aggregation,
             items=batch.items,
             tokens=batch.tokens,
-            constant=config.rollout.max_new_tokens,
+            constant=self.config.rollout.max_new_tokens,
         )
-        return value, metrics
 
-    def _score(self, batch: Batch) -> Any:
+    def _with_entropies(self, batch: Batch) -> Batch:
+        if "entropies" in batch:
+            return batch
+        with timed("scoring"), torch.no_grad():
+            scores = self._score(batch, entropy=True)
+        assert scores.entropies is not None
+        return batch.with_fields(entropies=scores.entropies.cpu())
+
+    def _score(self, batch: Batch, entropy: bool = False) -> TokenScores:
         return self.policy.score(
-            batch.prompts, batch.responses, temperature=self.config.rollout.temperature
+            batch.prompts,
+            batch.responses,
+            temperature=self.config.rollout.temperature,
+            entropy=entropy,
         )
 
     def describe_batch(self, batch: Batch) -> Metrics:
-        return describe_rollouts(batch)
+        return {**describe_rollouts(batch), **self.estimator.describe()}
 
     def samples(self, batch: Batch) -> list[dict[str, Any]]:
         return rollout_rows(self.policy, batch)
 
     def fingerprints(self) -> dict[str, str]:
         return {"data": self.data.fingerprint}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.estimator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.estimator.load_state_dict(state)
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder)

@@ -7,15 +7,16 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from postgrad.advantages.group import group_mean_centred
 from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.evaluation.retrieval import retrieval_metrics
-from postgrad.methods.base import FourParts, Metrics, Place
+from postgrad.methods.base import Metrics, Place
 from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import Given, RolloutSettings
-from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
+from postgrad.methods.language.parts.choices import AdvantageChoice
+from postgrad.methods.language.policy_gradient import PolicyGradientSettings, SampledPolicyGradient
+from postgrad.methods.language.rollouts import rollout_batch
 from postgrad.methods.representation.text import INSTRUCTION, TextEncoder, parts_of
 from postgrad.rewards.contrastive import (
     contrastive_rationale_reward,
@@ -30,6 +31,11 @@ class GraceSettings(PolicyGradientSettings):
 
     data: DataSettings = setting(
         DataSettings(name="docstrings"), "pairs; triples with negative_weight; texts unsupervised"
+    )
+    advantage: AdvantageChoice = setting(
+        "centred",
+        "from rewards to advantages: a rationale against the text's others",
+        source="paper",
     )
     mode: Literal["supervised", "unsupervised"] = setting(
         "supervised", "pairs of a query and its text, or raw texts that are their own queries"
@@ -63,7 +69,7 @@ class GraceSettings(PolicyGradientSettings):
     )
 
 
-class Grace(ClippedPolicyGradient):
+class Grace(SampledPolicyGradient):
     """GRACE (Sun et al. 2025, arXiv:2510.04506): contrastive learning through written rationales.
 
     The model first writes a rationale y of a text x; the embedding e(x, y) is the mean of the last
@@ -87,12 +93,6 @@ class Grace(ClippedPolicyGradient):
 
     Config = GraceSettings
     recipe = {"learning_rate": 1e-4, "warmup_steps": 4, "steps": 20, "precision": "bf16"}
-    parts = FourParts(
-        mask="PPO clip (inactive with one update a rollout)",
-        denominator="the policy that sampled",
-        advantage="contrastive reward of the rationale minus its text's mean, not divided by std",
-        gradient="token log-likelihood ratio",
-    )
     config: GraceSettings
 
     def __init__(self, config: GraceSettings, place: Place, **given: Unpack[Given]):
@@ -137,13 +137,9 @@ class Grace(ClippedPolicyGradient):
             own = self._embed(rollouts).unflatten(0, (len(rows), -1))
             reward, terms = self._reward(own, [self._embed(other) for other in others], rollouts)
         group = torch.arange(len(rows)).repeat_interleave(self.config.rollout.samples)
-        return self.batch_of(
-            rollouts,
-            step,
-            group=group,
-            advantages=group_mean_centred(reward.flatten(), group),
-            reward=reward.flatten(),
-            terms={name: term.flatten() for name, term in terms.items()},
+        flat = {name: term.flatten() for name, term in terms.items()}
+        return self.learnable(
+            rollout_batch(rollouts, step, group=group, reward=reward.flatten(), terms=flat)
         )
 
     def _reward(
@@ -223,9 +219,10 @@ class Grace(ClippedPolicyGradient):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first_rationales": self.first_rationales}
+        return {**super().state_dict(), "first_rationales": self.first_rationales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.first_rationales = list(state["first_rationales"])
 
     def save(self, folder: Path) -> None:

@@ -1,17 +1,19 @@
 """Self-Play Preference Optimization, on language."""
 
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 
 from postgrad.advantages.pairing import win_rate_rewards
 from postgrad.batch import Batch
 from postgrad.config import setting
-from postgrad.methods.base import FourParts, Metrics, Place
+from postgrad.methods.base import Metrics, Place
 from postgrad.methods.language.base import Given, render_prompts
 from postgrad.methods.language.frontier import Frontier
 from postgrad.methods.language.online import JudgedSettings, find_preference, require_samples
-from postgrad.methods.language.policy_gradient import ClippedPolicyGradient, PolicyGradientSettings
+from postgrad.methods.language.policy_gradient import PolicyGradientSettings, SampledPolicyGradient
+from postgrad.methods.language.rollouts import rollout_batch
+from postgrad.objectives.policy_gradient import Aggregation
 from postgrad.rewards.preferences import preference_matrices
 from postgrad.timing import timed
 
@@ -19,14 +21,14 @@ from postgrad.timing import timed
 class SelfPlaySettings(JudgedSettings, PolicyGradientSettings):
     """Settings of self-play; `rollout.samples` is K, the size of a group."""
 
-    aggregation: Literal["token-mean", "sequence-mean", "sequence-sum-constant"] = setting(
+    aggregation: Aggregation = setting(
         "sequence-sum-constant",
         "how token losses become one; the default is the policy gradient of whole responses",
         source="paper's sequence-level reward (inferred)",
     )
 
 
-class SelfPlay(ClippedPolicyGradient):
+class SelfPlay(SampledPolicyGradient):
     """Self-Play Preference Optimization (Swamy et al. 2024, arXiv:2401.04056), in groups.
 
     A reward model takes preferences to be transitive. SPO asks for the minimax winner instead, the
@@ -49,12 +51,6 @@ class SelfPlay(ClippedPolicyGradient):
 
     Config = SelfPlaySettings
     recipe = {"precision": "auto", "learning_rate": 1e-6, "steps": 100}
-    parts = FourParts(
-        mask="none with one step a rollout; else PPO's clip",
-        denominator="the policy that sampled",
-        advantage="mean signed preference to the other responses of the group",
-        gradient="token log-likelihood ratio",
-    )
     config: SelfPlaySettings
 
     def __init__(
@@ -89,13 +85,9 @@ class SelfPlay(ClippedPolicyGradient):
                 preference_matrices(self.preference, [self.data.rows[i] for i in index], texts)
             )
         rewards = win_rate_rewards(2 * preferences - 1)
-        return self.batch_of(
-            rollouts,
-            step,
-            group=torch.arange(len(index)).repeat_interleave(size),
-            advantages=rewards.flatten(),
-            reward=rewards.flatten(),
-            terms={},
+        group = torch.arange(len(index)).repeat_interleave(size)
+        return self.learnable(
+            rollout_batch(rollouts, step, group=group, reward=rewards.flatten(), terms={})
         )
 
     def describe_batch(self, batch: Batch) -> Metrics:
