@@ -45,6 +45,7 @@ from postgrad.rewards.confined.server import START
 
 STRONG = ("namespaces", "bubblewrap")
 ISOLATIONS = (*STRONG, "process")
+_LONGEST_START = 60.0  # seconds until a sandbox stands, on however busy a machine
 _LONGEST_ANSWER = 1 << 20  # bytes of a message from a sandbox
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
@@ -187,7 +188,8 @@ class Interpreter:
 
     `limits.wall` is the time of each snippet: one that takes longer is interrupted, and where it
     resists that the interpreter ends. `limits.cpu` does not apply. The value of a snippet's last
-    expression is printed, as at Python's prompt.
+    expression is printed, as at Python's prompt. How a snippet ended is its own word: it may lie
+    about an error, but about nothing outside.
     """
 
     _GRACE = 1.0  # seconds that an interrupted snippet has to end
@@ -210,12 +212,11 @@ class Interpreter:
         """Run one more snippet; `ended` is the result's limit if there is no process any more."""
         if not self.alive:
             return Result("", "", 1, "ended")
-        start = time.monotonic()
-        start = time.monotonic()
         self._run.say([snippet, self.limits.wall])
+        start = time.monotonic()
         answer = self._run.hear(start + self.limits.wall + self._GRACE)
-        if answer is None:
-            result = self._run.stop("time")
+        if answer is None or not _is_report(answer):
+            result = self._run.stop("time" if answer is None else "output")
             self.close()
             return result
         output, errors = self._run.take()
@@ -250,6 +251,10 @@ class _Server:
                 start_new_session=True,  # Ctrl-C is for the trainer, which may finish its step
                 cwd="/",
             )
+        try:
+            messages.receive(self.connection)  # no run waits for its imports
+        except messages.Closed:
+            raise self.lost() from None
 
     def begin(self, task: str, limits: Limits, partner: socket.socket | None = None) -> "_Run":
         """Start a sandbox; `partner` becomes its own, to talk to another one."""
@@ -275,6 +280,7 @@ class _Run:
         self._server = server
         self._limits = limits
         self._start = time.monotonic()
+        self._stands = False
         self._limit: str | None = None
         self._answer: dict[str, Any] | None = None  # the server's, when it has ended
         self._folder = tempfile.mkdtemp(prefix="postgrad-") if server.isolation == "process" else ""
@@ -311,6 +317,15 @@ class _Run:
             for file in given:
                 os.close(file)
 
+    def _wait_for_the_start(self) -> None:
+        """No walls, no run: what fails before the first word is not the program's fault."""
+        if self.hear(self._start + _LONGEST_START) != "started":
+            result = self.stop("time")
+            told = " ".join(result.errors.split())[-200:] or f"it ended with {result.exit}"
+            raise PostgradError(f"sandbox {self._server.isolation!r} did not start: {told}")
+        self._start = time.monotonic()
+        self._stands = True
+
     def __enter__(self) -> "_Run":
         return self
 
@@ -322,7 +337,12 @@ class _Run:
         return self._answer is not None
 
     def say(self, message: Any) -> None:
-        """Send a message; one that is not taken in time, or by nobody, is lost."""
+        """Send a message; one that is not taken in time, or by nobody, is lost.
+
+        Time counts from the first one on: before it, the walls are waited for.
+        """
+        if not self._stands:
+            self._wait_for_the_start()
         self._channel.settimeout(self._limits.wall)
         with contextlib.suppress(messages.Closed):
             messages.send(self._channel, message)
@@ -345,8 +365,6 @@ class _Run:
         """End the run, because of that limit unless it has ended by itself."""
         self._kill(limit)
         assert self._answer is not None
-        if self._answer["fault"]:
-            raise PostgradError(f"sandbox {self._server.isolation!r}: {self._answer['fault']}")
         code, (output, errors) = self._answer["exit"], self.take()
         if self._limit is None:
             self._limit = self._limit_of(code, errors)
@@ -464,6 +482,18 @@ class _Run:
             self._answer = messages.receive(self._server.connection)
         except messages.Closed:
             raise self._server.lost() from None
+        if self._answer["fault"]:
+            what = f"sandbox {self._server.isolation!r} did not start"
+            raise PostgradError(f"{what}: {self._answer['fault']}")
+
+
+def _is_report(answer: Any) -> bool:
+    """Whether a snippet's end is told as it should be: the snippet might have written it itself."""
+    return (
+        isinstance(answer, dict)
+        and isinstance(answer.get("exit"), int)
+        and answer.get("limit") in (None, "time")
+    )
 
 
 def _limit_in(errors: str) -> str | None:
@@ -521,7 +551,7 @@ def why_not(isolation: str) -> str | None:
             trial.say("import ctypes, math; print(6 * 7)")
             result = trial.finish()
     except (PostgradError, OSError) as error:
-        return str(error)
+        return str(error).removeprefix(f"sandbox {isolation!r} did not start: ")
     if result.output != "42\n":
         return " ".join(result.errors.split())[-200:] or f"a trial ended with {result.exit}"
     return None
