@@ -66,8 +66,8 @@ CLAIM = Claim(
         Finding("Clip-higher helps", METRIC, "clip-higher", "Lite PPO"),
     ),
     notes="Learning rates 1e-4, 3e-4 and 1e-3 were tried for Lite PPO, GRPO and DAPO on seed 100, "
-    "which is not reported: 1e-4 was best for each, and 1e-3 ruined all three. All sums are answered "
-    "in five tokens, so a mean over tokens and one over responses are the same loss here, and no "
+    "which is not reported: 1e-4 was best for each, and 1e-3 ruined all three. All answers have "
+    "five tokens, so a mean over tokens and one over responses are the same loss here, and no "
     "response is overlong: of the study's tricks these two cannot show. DAPO leaves out groups "
     "without a difference and draws no others in their place, so that all arms learn from the same "
     "number of samples.",
