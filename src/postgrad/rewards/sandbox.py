@@ -289,14 +289,12 @@ class _Run:
         self._input, self._to_write = -1, b""
         self._read = {"output": bytearray(), "errors": bytearray(), "heard": bytearray()}
         self._files: dict[str, int] = {"heard": self._channel.fileno()}
-        if partner is None:
-            theirs, self._input = os.pipe()
-            self._files["output"], output = os.pipe()
-            self._files["errors"], errors = os.pipe()
-            given = [theirs, output, errors, channel.detach()]
-        else:
-            null = [os.open(os.devnull, os.O_RDWR) for _ in range(3)]
-            given = [*null, channel.detach(), partner.detach()]
+        theirs, self._input = os.pipe()
+        self._files["output"], output = os.pipe()
+        self._files["errors"], errors = os.pipe()
+        given = [theirs, output, errors, channel.detach()]
+        if partner is not None:
+            given.append(partner.detach())
         self._selector = selectors.DefaultSelector()
         for name, file in self._files.items():
             os.set_blocking(file, False)
@@ -384,9 +382,8 @@ class _Run:
         self._kill("time")
         self._selector.close()
         self._channel.close()
-        for name in ("output", "errors"):
-            if name in self._files:
-                os.close(self._files[name])
+        os.close(self._files["output"])
+        os.close(self._files["errors"])
         self.shut_input()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
