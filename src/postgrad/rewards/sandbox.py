@@ -6,7 +6,8 @@ empty environment and none of this process's open files. How it is kept from eve
 - `namespaces`: Linux namespaces put up by this library. There is no network, no other process and
   no file but Python's own, read-only, and an empty `/tmp` in memory that ends with the run. A
   filter refuses the system calls that start processes or programs, reach the network or are rarely
-  needed doors into the kernel. Where this process is root, the code runs as nobody.
+  needed doors into the kernel. Where this process is root, the code runs as nobody (but in a
+  container whose root may not do that: there it stays root without any capability).
 - `bubblewrap`: the same, with the namespaces put up by the program `bwrap`.
 - `process`: weaker, for where neither is available, and only if asked for. The same limits and
   filter, in a temporary folder. Linux's Landlock, where the kernel has it, refuses the contents of
