@@ -6,7 +6,8 @@ empty environment and none of this process's open files. How it is kept from eve
 - `namespaces`: Linux namespaces put up by this library. There is no network, no other process and
   no file but Python's own, read-only, and an empty `/tmp` in memory that ends with the run. A
   filter refuses the system calls that start processes or programs, reach the network or are rarely
-  needed doors into the kernel. Where this process is root, the code runs as nobody.
+  needed doors into the kernel. Where this process is root, the code runs as nobody (but in a
+  container whose root may not do that: there it stays root without any capability).
 - `bubblewrap`: the same, with the namespaces put up by the program `bwrap`.
 - `process`: weaker, for where neither is available, and only if asked for. The same limits and
   filter, in a temporary folder. Linux's Landlock, where the kernel has it, refuses the contents of
@@ -289,14 +290,12 @@ class _Run:
         self._input, self._to_write = -1, b""
         self._read = {"output": bytearray(), "errors": bytearray(), "heard": bytearray()}
         self._files: dict[str, int] = {"heard": self._channel.fileno()}
-        if partner is None:
-            theirs, self._input = os.pipe()
-            self._files["output"], output = os.pipe()
-            self._files["errors"], errors = os.pipe()
-            given = [theirs, output, errors, channel.detach()]
-        else:
-            null = [os.open(os.devnull, os.O_RDWR) for _ in range(3)]
-            given = [*null, channel.detach(), partner.detach()]
+        theirs, self._input = os.pipe()
+        self._files["output"], output = os.pipe()
+        self._files["errors"], errors = os.pipe()
+        given = [theirs, output, errors, channel.detach()]
+        if partner is not None:
+            given.append(partner.detach())
         self._selector = selectors.DefaultSelector()
         for name, file in self._files.items():
             os.set_blocking(file, False)
@@ -384,9 +383,8 @@ class _Run:
         self._kill("time")
         self._selector.close()
         self._channel.close()
-        for name in ("output", "errors"):
-            if name in self._files:
-                os.close(self._files[name])
+        os.close(self._files["output"])
+        os.close(self._files["errors"])
         self.shut_input()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)

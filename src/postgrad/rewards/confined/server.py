@@ -164,7 +164,7 @@ def _run(job: dict[str, Any], told: int | None = None) -> NoReturn:
         if walls.can_filter():
             if alone:
                 walls.files_only_in(job["folder"])
-            walls.filter_calls(also_changes=alone)
+            walls.filter_calls(also_changes=job["isolation"] != "namespaces")
         sys.path.insert(0, os.getcwd())
         if told is not None:
             os.close(told)
