@@ -6,20 +6,28 @@
 - root files (ARCHITECTURE.md …) as pages, and `<!-- generated: NAME -->` in hand-written pages.
 """
 
+import html
 import inspect
 import json
 import pkgutil
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import jinja2
 
-from postgrad.catalogue import Entry, entries
+from postgrad.catalogue import Entry, entries, method_class
 from postgrad.cli import main
 from postgrad.config import LoopSettings
+from postgrad.methods.language.parts.choices import (
+    AdvantageChoice,
+    DenominatorChoice,
+    GradientChoice,
+    MaskChoice,
+)
 from postgrad.reports.claim import claim_parts
 from postgrad.reports.intervals import BAND_NOTE, INTERVAL_NOTE
 from postgrad.reports.method import SettingFact, method_facts, setting_facts
@@ -279,12 +287,40 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
+def parts_tables() -> str:
+    """Every part of the policy-gradient estimator by its name, with its settings."""
+    blocks = []
+    for choice in (MaskChoice, DenominatorChoice, AdvantageChoice, GradientChoice):
+        rows = []
+        for name in choice.implementations:
+            part = choice.implementation(name)
+            settings = (f"{fact.key} = {fact.default}" for fact in setting_facts(part.Config))
+            summary = (inspect.getdoc(part) or "").splitlines()[0]
+            rows.append([f"`{name}`", cell(summary), ", ".join(map(_code, settings))])
+        blocks.append(_table([f"`{choice.kind}=`", "What it is", "Its settings"], rows))
+    return "\n\n".join(blocks)
+
+
+def four_parts_table() -> str:
+    """The policy-gradient methods by their four parts."""
+    rows = []
+    for entry in documented():
+        parts = None if entry.python is None else method_class(entry.slug).four_parts()
+        if parts is not None:
+            rows.append(
+                [f"[{entry.slug}](methods/{entry.slug}.md)", *map(cell, asdict(parts).values())]
+            )
+    return _table(["Method", "Mask", "Denominator", "Advantage", "Likelihood gradient"], rows)
+
+
 FILLED: dict[str, Callable[[], str]] = {
     "formats": formats_table,
     "verifiers": verifiers_table,
     "loop-settings": loop_settings_table,
     "commands": commands_help,
     "benchmarks": benchmarks_tables,
+    "parts": parts_tables,
+    "four-parts": four_parts_table,
 }
 
 
@@ -324,6 +360,8 @@ def _reference(package: str, title: str, modules: Iterable[str]) -> str:
 
 
 def _code(text: str) -> str:
+    if "|" in text:  # which would end a table's cell
+        return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
     return f"`{text}`" if text else ""
 
 

@@ -106,7 +106,7 @@ def test_show_prints_equation_settings_and_sources(call):
     for expected in ("2403.00409", "flip_rate", "(1 - eps) l(h)", "learning_rate"):
         assert expected in shown.stdout
     parts = call("show", "grpo").stdout
-    assert "PPO clip" in parts
+    assert "ppo: PPO's clip" in parts
 
 
 def test_training_leaves_a_complete_run_and_can_be_inspected(call, tmp_path):
@@ -331,5 +331,5 @@ def test_completion_scripts(call):
 def test_doctor(call):
     told = call("doctor")
     assert told.exit_code == 0, told.output
-    for expected in ("torch", "extra", "smollm2"):
+    for expected in ("torch", "extra", "smollm2", "bubblewrap"):
         assert expected in told.stdout.lower()

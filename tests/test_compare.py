@@ -22,6 +22,22 @@ def test_every_method_gets_the_same_number_of_samples(tmp_path):
         compare(["sft", "grpo"], budget=64, output=tmp_path, seeds=1, **settings)
 
 
+def test_a_method_is_compared_with_itself_under_other_settings(tmp_path):
+    names = ["grpo", "grpo:advantage=centred,mask.clip_high=0.28"]
+    settings = {**ROWS, "batch_size": 2, "rollout": {"samples": 2, "max_new_tokens": 3}}
+    table, page = compare(names, budget=8, output=tmp_path, **settings)
+    assert [line.split()[0] for line in table.splitlines()[1:]] == names
+    text = page.read_text(encoding="utf-8")
+    assert "grpo:advantage=centred,mask.clip_high=0.28" in text
+    runs = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert runs == ["grpo-advantage=centred-mask.clip_high=0.28-seed0", "grpo-seed0"]
+    written = (tmp_path / runs[0] / "config.yaml").read_text(encoding="utf-8")
+    assert "name: centred" in written
+    assert "clip_high: 0.28" in written
+    with pytest.raises(PostgradError, match="advantage: unknown advantage 'centered': did you"):
+        compare(["grpo:advantage=centered"], budget=8, output=tmp_path / "other", **settings)
+
+
 def test_a_method_whose_samples_cannot_be_counted_is_refused(tmp_path):
     with pytest.raises(PostgradError, match="ppo: cannot count its samples"):
         compare(["ppo"], budget=32, output=tmp_path, environment="CartPole-v1")

@@ -59,7 +59,7 @@ def test_every_implemented_method_has_a_page_of_its_facts(pages: dict[str, str])
         assert page.startswith(f"# {entry.slug}\n")
         tops = {key for key in dotted_keys(kind.Config) if "." not in key}
         assert all(re.search(rf"^\| `{key}[`.]", page, re.MULTILINE) for key in tops)
-        assert ("## Four parts" in page) == (kind.parts is not None)
+        assert ("## Four parts" in page) == (kind.four_parts() is not None)
         source = re.findall(r'--8<-- "(.*)"', page)
         assert len(source) == 1
         assert (ROOT / source[0]).is_file()

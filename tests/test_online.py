@@ -13,7 +13,13 @@ from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
 from postgrad.methods.language.preference.online_dpo import OnlineDPO, OnlineDPOSettings
 from postgrad.rewards import load_rewards
-from postgrad.rewards.preferences import BradleyTerry, Judge, load_preference, preference_matrices
+from postgrad.rewards.preferences import (
+    BradleyTerry,
+    Judge,
+    Noisy,
+    load_preference,
+    preference_matrices,
+)
 from postgrad.training.optimise import Optimisers
 from postgrad.training.record import read_rows
 
@@ -163,6 +169,33 @@ def test_bradley_terry_of_a_reward():
     preference = BradleyTerry(load_rewards(letters), scale=0.5)
     said = preference([{"prompt": "x"}] * 2, ["ab", "12"], ["1b", "12"])
     assert said == pytest.approx([1 / (1 + math.exp(-1.0)), 0.5])
+
+
+def test_a_share_of_the_verdicts_is_turned_once_and_for_all():
+    clean = BradleyTerry(load_rewards(letters), scale=0.1)
+    rows = [{"prompt": str(i)} for i in range(200)]
+    first, second = ["ab"] * 200, ["1b"] * 200
+    noisy = Noisy(clean, 0.3, seed=0)
+    said = noisy(rows, first, second)
+    turned = [value < 0.5 for value in said]
+    assert 0.2 < sum(turned) / 200 < 0.4
+    assert noisy(rows, first, second) == said
+    # in the other order the same pairs are turned
+    assert noisy(rows, second, first) == pytest.approx([1 - value for value in said])
+    assert [value < 0.5 for value in Noisy(clean, 0.3, seed=1)(rows, first, second)] != turned
+
+
+def test_noise_is_in_what_is_learnt_and_not_in_what_is_measured():
+    method = made(data={"name": "rows", "flip_rate": 0.45}, preference_scale=0.01)
+    assert isinstance(method.preference, Noisy)
+    plain = made(preference_scale=0.01)
+    noisy, clean = (
+        [letters([each.policy.decode(r) for r in pair]) for pair in each.collect(0).responses]
+        for each in (method, plain)
+    )
+    assert all(best >= worst for best, worst in clean)
+    assert any(best < worst for best, worst in noisy)
+    assert method.evaluate() == plain.evaluate()
 
 
 def test_a_judge_with_a_liking_for_the_first_is_made_fair():

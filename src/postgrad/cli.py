@@ -214,17 +214,19 @@ def compare(
 ) -> None:
     """Train several METHODs on the same data, samples and seeds; a table and a page.
 
-    Settings, as KEY=VALUE, are those of every method.
+    Settings, as KEY=VALUE, are those of every method; METHOD:KEY=VALUE,KEY=VALUE
+    has its own, and a method may so be compared with itself.
     """
-    methods = [word for word in words if "=" not in word]
+    # METHOD, METHOD:KEY=VALUE,… or KEY=VALUE
+    methods = [word for word in words if ":" in word.partition("=")[0] or "=" not in word]
     if not methods:
         raise PostgradError("which methods? `postgrad compare METHOD METHOD … --data …`")
     for method in methods:
-        require_implemented(method)
+        require_implemented(method.partition(":")[0])
     from postgrad.comparison import compare as run_comparison
     from postgrad.config import merge, parse_overrides
 
-    settings = parse_overrides([word for word in words if "=" in word])
+    settings = parse_overrides([word for word in words if word not in methods])
     values = merge({"data": {"name": data}}, settings)
     if model is not None:
         values = merge(values, {"model": model})

@@ -1,18 +1,40 @@
 """Several methods on equal terms: the same data, samples and seeds; one table and one page."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from postgrad import api
 from postgrad.catalogue import method_class
-from postgrad.config import flat, merge, resolve
+from postgrad.config import flat, merge, parse_overrides, resolve
 from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval
 from postgrad.reports.compare import write_compare_report
 from postgrad.tasks import Examples, load
 from postgrad.training.record import METRICS, is_run, read_rows
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method, perhaps with settings of its own: `lite-ppo:mask.clip_high=0.28,aggregation=…`."""
+
+    name: str
+
+    @property
+    def method(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        own = self.name.partition(":")[2]
+        return parse_overrides(own.split(",")) if own else {}
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^\w.=-]+", "-", self.name)
 
 
 def compare(
@@ -26,28 +48,31 @@ def compare(
 ) -> tuple[str, Path]:
     """Train every method for `budget` samples under every seed; return a table and a page.
 
-    A sample is what a method consumes: a row of data, or a completion where it samples. Runs that
-    are complete in `output` are kept, unfinished ones continue.
+    A sample is what a method consumes: a row of data, or a completion where it samples. A method
+    may be named several times with settings of its own, `grpo:mask.clip_high=0.28`; `settings` are
+    those of all. Runs that are complete in `output` are kept, unfinished ones continue.
     """
     output = output or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if len(set(methods)) < len(methods):
         raise PostgradError("a method is named twice")
-    settings = _with_common_reward(methods, settings)
-    costs = {method: _samples_a_step(method, settings) for method in methods}
-    for method, cost in costs.items():
+    contenders = [Contender(name) for name in methods]
+    settings = _with_common_reward([each.method for each in contenders], settings)
+    costs = {each: _samples_a_step(each, settings) for each in contenders}
+    for each, cost in costs.items():
         if budget < cost:
-            raise PostgradError(f"budget: {method} needs at least {cost} samples for one step")
+            raise PostgradError(f"budget: {each.name} needs at least {cost} samples for one step")
     runs = []
     for seed in range(seeds):
-        for method in methods:
-            folder = output / f"{method}-seed{seed}"
-            steps = budget // costs[method]
-            say(f"{method}, seed {seed}: {steps} steps in {folder}")
+        for each, cost in costs.items():
+            folder = output / f"{each.folder}-seed{seed}"
+            steps = budget // cost
+            say(f"{each.name}, seed {seed}: {steps} steps in {folder}")
             own = {"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 5)}
-            _train(method, folder, merge(own, settings))
+            _train(each.method, folder, merge(merge(own, settings), each.settings))
             rows = read_rows(folder / METRICS)
-            used = steps * costs[method]
-            runs.append({"method": method, "seed": seed, "metrics": rows, "samples": used})
+            runs.append(
+                {"method": each.name, "seed": seed, "metrics": rows, "samples": steps * cost}
+            )
     title = f"{', '.join(methods)}: {budget} samples each"
     config = {key: str(value) for key, value in flat(settings).items()}
     page = write_compare_report(runs, output / "report.html", title=title, config=config)
@@ -73,13 +98,15 @@ def _with_common_reward(methods: Sequence[str], settings: dict[str, Any]) -> dic
     return merge(settings, {"frontier": {"reward": task.verifier}})
 
 
-def _samples_a_step(method: str, settings: dict[str, Any]) -> int:
+def _samples_a_step(contender: Contender, settings: dict[str, Any]) -> int:
     """What one step consumes: rows of data, times completions a prompt where it samples."""
-    kind = method_class(method)
-    _, own = resolve(kind.Config, kind.recipe, settings)
+    kind = method_class(contender.method)
+    _, own = resolve(kind.Config, kind.recipe, settings, contender.settings)
     values = flat(own)
     if "batch_size" not in values:
-        raise PostgradError(f"{method}: cannot count its samples, so it cannot be compared here")
+        raise PostgradError(
+            f"{contender.name}: cannot count its samples, so it cannot be compared here"
+        )
     return int(values["batch_size"]) * int(values.get("rollout.samples", 1))
 
 

@@ -29,8 +29,8 @@ class DataSettings(Settings):
         None, "wrap plain prompts as a user's turn; empty: embedded tasks yes, own data no"
     )
     flip_rate: float = setting(
-        0.0, "noise: the probability with which chosen and rejected of a pair change places", ge=0,
-        lt=0.5,
+        0.0, "noise: the probability with which a pair's label, or the verdict on two samples, is "
+        "turned round", ge=0, lt=0.5,
     )  # fmt: skip
 
     @model_validator(mode="before")

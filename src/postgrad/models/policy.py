@@ -12,10 +12,12 @@ from postgrad.errors import PostgradError
 from postgrad.models.lean_decoding import lean_layers
 from postgrad.models.network import base_of, linear_layers, pad_right
 from postgrad.models.scoring import (
+    OfLogits,
     TokenScores,
     divergences,
     embed_plain,
     embed_shared,
+    of_logits,
     predictions,
     score_plain,
     score_shared,
@@ -77,6 +79,20 @@ class LanguagePolicy(TextNetwork):
         prompts, responses = self.checked(prompts, responses)
         compute = score_shared if self.shares_prefixes else score_plain
         return compute(self._network(), prompts, responses, temperature, entropy)
+
+    def of_logits(
+        self, prompts: Sequence[Tensor], responses: Sequence[Tensor], function: OfLogits
+    ) -> Tensor:
+        """A function of the logits before each response token, `[N, T]`, 0 at padding.
+
+        For losses that need the whole vocabulary. `function` takes the logits `[m, V]` of some of
+        the tokens of all responses, one after the other, and the slice that says which, and gives
+        `[m]`. It is called again in the backward pass, so that `[tokens, V]` is never held.
+        """
+        prompts, responses = self.checked(prompts, responses)
+        _, mask = pad_right(responses)
+        found = of_logits(self._network(), prompts, responses, self.shares_prefixes, function)
+        return spread(found, mask)
 
     def divergence(
         self, prompts: Sequence[Tensor], responses: Sequence[Tensor], *, temperature: float = 1.0

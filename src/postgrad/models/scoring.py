@@ -1,10 +1,12 @@
 """Log-probabilities, entropies and embeddings of responses, each prompt computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from postgrad.models.network import (
     OutputLayer,
@@ -14,9 +16,16 @@ from postgrad.models.network import (
     pad_right,
 )
 from postgrad.models.packing import SharedPrefixes
-from postgrad.objectives.projection import project_logits, project_logprobs
+from postgrad.objectives.projection import (
+    differentiable_logits,
+    project_logits,
+    project_logprobs,
+)
 
-_LOGITS_AT_ONCE = 2**22  # of two networks, where their predictions are compared
+_LOGITS_AT_ONCE = 2**22  # where whole distributions are asked for
+
+# of logits `[m, V]` before some of the response tokens, and which of them: a number `[m]` each
+OfLogits = Callable[[Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -245,13 +254,45 @@ def divergences(one: Predictions, other: Predictions, temperature: float) -> Ten
 
     A few tokens at a time, so that `[tokens, V]` is held for those only.
     """
-    count = len(one.states)
-    width = one.states.shape[1] if one.layer is None else len(one.layer.weight)
-    size = max(1, _LOGITS_AT_ONCE // width)
     parts = []
-    for start in range(0, count, size):
-        rows = slice(start, start + size)
+    for rows in _few_at_once(one.states, one.layer):
         own = one.log_probabilities(rows, temperature)
         gap = own - other.log_probabilities(rows, temperature)
         parts.append((own.exp() * gap).sum(-1))
     return torch.cat(parts)
+
+
+def of_logits(
+    network: nn.Module,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    shares: bool,
+    function: OfLogits,
+) -> Tensor:
+    """`function` of the logits before every response token `[tokens]`, with gradients.
+
+    A few tokens at a time, whose logits are computed again for the backward pass: the function is
+    called twice, and must do the same both times.
+    """
+    if shares:
+        states, layer = predicting_states(network, prompts, responses), output_layer(network)
+    else:
+        states, layer = _predicting_logits(network, prompts, responses), None
+    places = _few_at_once(states, layer)
+    parts = states.split([rows.stop - rows.start for rows in places])
+
+    def one(states: Tensor, rows: slice) -> Tensor:
+        if layer is None:
+            return function(states.float(), rows)
+        logits = differentiable_logits(states, layer.weight, layer.bias, layer.transform)
+        return function(logits, rows)
+
+    again = partial(checkpoint, one, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(part, rows) for part, rows in zip(parts, places, strict=True)])
+
+
+def _few_at_once(states: Tensor, layer: OutputLayer | None) -> list[slice]:
+    """The rows of `[tokens, …]` in parts whose logits may be held."""
+    width = states.shape[1] if layer is None else len(layer.weight)
+    size = max(1, _LOGITS_AT_ONCE // width)
+    return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]

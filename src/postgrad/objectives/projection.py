@@ -116,6 +116,23 @@ def project_logits(
     return _logits(product(hidden, weight), bias, transform, temperature)
 
 
+def differentiable_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform = IDENTITY
+) -> Tensor:
+    """The same at temperature 1, for gradients to flow through: again for a few rows."""
+    dtype = _compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        projected = hidden.to(dtype) @ weight.to(dtype).t()
+    logits = projected.to(_sum_dtype(dtype))
+    if bias is not None:
+        logits = logits + bias
+    if transform.scale != 1.0:
+        logits = logits * transform.scale
+    if transform.softcap is not None:
+        logits = (logits / transform.softcap).tanh() * transform.softcap
+    return logits
+
+
 def _logits(
     projected: Tensor, bias: Tensor | None, transform: LogitTransform, temperature: float
 ) -> Tensor:

@@ -71,8 +71,11 @@ def write_page(path: Path, text: str) -> Path:
 
 
 def paper_facts(slug: str) -> dict[str, str]:
-    """A method's slug, title, paper and the paper's address, as far as the catalogue knows them."""
-    found = entries().get(slug)
+    """A method's slug, title, paper and the paper's address, as far as the catalogue knows them.
+
+    Settings after a colon in the slug belong to the name and to no other fact.
+    """
+    found = entries().get(slug.partition(":")[0])
     paper = found.paper if found else ""
     arxiv = paper.removeprefix("arXiv:")
     link = f"https://arxiv.org/abs/{arxiv}" if paper.startswith("arXiv:") else ""

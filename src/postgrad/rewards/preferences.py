@@ -8,6 +8,7 @@ and returns for every pair the probability, in [0, 1], that `first` is preferred
 """
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -84,6 +85,35 @@ class Judge:
 
     def probe(self, row: Row) -> None:
         self([row], ["one response"], ["another response"])
+
+
+class Noisy:
+    """Another preference whose verdicts on a share of the pairs are turned round.
+
+    Which pairs these are is drawn once and for all from `seed` and the texts, in either order, as
+    labels of a data set are wrong or right once and for all.
+
+    Attributes:
+        unspoilt: the other preference, which evaluations ask.
+    """
+
+    def __init__(self, unspoilt: Preference, rate: float, seed: int):
+        self.unspoilt = unspoilt
+        self._rate, self._seed = rate, seed
+
+    def __call__(self, rows: Sequence[Row], first: list[Any], second: list[Any]) -> list[float]:
+        said = self.unspoilt(rows, first, second)
+        return [
+            1 - value if self._turned(row, one, other) else value
+            for value, row, one, other in zip(said, rows, first, second, strict=True)
+        ]
+
+    def _turned(self, row: Row, first: Any, second: Any) -> bool:
+        pair = sorted([str(first), str(second)])
+        return random.Random(repr((self._seed, row["prompt"], pair))).random() < self._rate
+
+    def probe(self, row: Row) -> None:
+        self.unspoilt.probe(row)
 
 
 def load_preference(

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from postgrad.errors import MissingExtra, PostgradError, unknown
 from postgrad.rewards import overlap
+from postgrad.rewards.unit_tests import code
 
 Rewards = list[float]
 Function = Callable[..., Rewards]
+AnswerKind = Literal["number", "tagged", "text"]
 
 _NUMBER = re.compile(
     r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
@@ -74,6 +76,15 @@ def final_number(text: str) -> float | None:
 
 def _value(number: str) -> float:
     return float(number.replace(",", "").replace("−", "-"))
+
+
+def final_answer(text: str, kind: AnswerKind) -> float | str | None:
+    """What a response ends in: its `final_number`, the text in its last `<answer>` tags (all of it
+    without tags), or all of it. None where there is nothing.
+    """
+    if kind == "number":
+        return final_number(text)
+    return (_answer(text) if kind == "tagged" else text.strip()) or None
 
 
 def math_verify() -> Function:
@@ -237,4 +248,5 @@ VERIFIERS: dict[str, Callable[..., Function]] = {
     "format": form,
     "length": length,
     "rouge": rouge,
+    "code": code,
 }

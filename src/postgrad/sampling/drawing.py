@@ -70,13 +70,30 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> tuple[
         return tokens, _chosen(logits, tokens) - logits.logsumexp(-1)
     logits = restrict(logits, settings)
     peak = logits.amax(-1)
-    cumulative = (logits - peak[:, None]).exp_().cumsum_(-1)  # torch sums in float64
-    total = cumulative[:, -1]
+    tokens, total = _inverse(logits - peak[:, None], uniforms[:, None])
+    return tokens[:, 0], _chosen(logits, tokens[:, 0]) - peak - total.log()
+
+
+def draw_several(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """Independent tokens `[n, K]` from every row of logits `[n, V]`, by uniforms `[n, K]`.
+
+    As in `draw`, each is decided by its row's logits and its own number alone.
+    """
+    tempered = logits / temperature
+    return _inverse(tempered - tempered.amax(-1, keepdim=True), uniforms)[0]
+
+
+def _inverse(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens `[n, K]` at the uniforms `[n, K]` of the cumulative distribution of `[n, V]`.
+
+    Also the sums `[n]` of exp(logits), whose memory is taken; no logit is above 0.
+    """
+    cumulative = logits.exp_().cumsum_(-1)  # torch sums in float64
+    total = cumulative[:, -1:]
     # strictly below the total, so that the token found always has a probability above 0
     below = torch.nextafter(total, torch.zeros_like(total))
     threshold = torch.minimum((uniforms * total).to(total.dtype), below)
-    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
-    return tokens, _chosen(logits, tokens) - peak - total.log()
+    return torch.searchsorted(cumulative, threshold, right=True), total[:, 0]
 
 
 def _chosen(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class RolloutSettings(Settings):
 
 class LanguageSettings(Settings):
     """Settings of every method that trains a causal language model."""
+
+    flips_verdicts: ClassVar[bool] = False  # data.flip_rate is no concern of the data then
 
     model: str = setting("smollm2", "smollm2, tiny, a local folder, or a Hugging Face id")
     data: DataSettings = setting(DataSettings(name="docstrings"), "training data")
@@ -121,10 +123,10 @@ def find_examples(
 ) -> tuple[Examples, Examples | None, Epochs]:
     """The training data, at most `eval_size` rows of held-out data, and the order of training."""
     rows = given.get("data")
-    data = find_data(config.data, place, formats, rows)
+    unspoilt = config.data.model_copy(update={"flip_rate": 0.0})
+    data = find_data(unspoilt if config.flips_verdicts else config.data, place, formats, rows)
     formats = held_out_formats or formats
     if "eval_data" in given:
-        unspoilt = config.data.model_copy(update={"flip_rate": 0.0})
         held_out: Examples | None = find_data(unspoilt, place, formats, given["eval_data"])
     else:
         held_out = find_held_out(config, place, formats, rows)

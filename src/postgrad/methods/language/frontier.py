@@ -13,7 +13,7 @@ from postgrad.methods.language.base import LanguageSettings, Materials, render_p
 from postgrad.models.language import LanguagePolicy
 from postgrad.models.snapshots import Snapshot
 from postgrad.rewards import RewardSet, RewardSpec, load_rewards
-from postgrad.rewards.preferences import BradleyTerry, Preference
+from postgrad.rewards.preferences import BradleyTerry, Noisy, Preference
 from postgrad.sampling.generation import Rollouts, SamplingSettings, generate
 from postgrad.seeding import derive
 from postgrad.tasks import Examples
@@ -71,6 +71,7 @@ class Frontier:
 
         The reward is the settings' own, or else `rewards`, or else that behind `preference`.
         """
+        preference = preference.unspoilt if isinstance(preference, Noisy) else preference
         if rewards is None and isinstance(preference, BradleyTerry):
             rewards = preference.rewards
         if settings.reward is not None:

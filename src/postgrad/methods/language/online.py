@@ -34,7 +34,7 @@ from postgrad.methods.language.comparisons import (
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.rewards import RewardSpec
 from postgrad.rewards.comparing import COMPARE, ModelJudge
-from postgrad.rewards.preferences import Preference, load_preference, preference_matrices
+from postgrad.rewards.preferences import Noisy, Preference, load_preference, preference_matrices
 from postgrad.sampling.chat import ChatSettings, load_chat
 from postgrad.sampling.generation import Rollouts
 from postgrad.tasks import Examples
@@ -42,7 +42,12 @@ from postgrad.timing import timed
 
 
 class JudgedSettings(LanguageSettings):
-    """Settings of every method whose samples are compared by a preference."""
+    """Settings of every method whose samples are compared by a preference.
+
+    `data.flip_rate` is the share of verdicts that are turned round.
+    """
+
+    flips_verdicts = True
 
     data: DataSettings = setting(DataSettings(name="reasoning-gym/chain_sum"), "prompts")
     preference: RewardSpec | None = setting(
@@ -79,12 +84,14 @@ def find_preference(
             raise PostgradError("judge: give either preference or judge, not both")
         preference = ModelJudge(load_chat(config.judge, place.device), config.judge_instruction)
     reward = config.reward if reward is None else reward
-    return load_preference(
+    found = load_preference(
         preference,
         data.verifier if preference is None and reward is None else reward,
         scale=config.preference_scale,
         time_limit=config.reward_time_limit,
     )
+    rate = config.data.flip_rate
+    return Noisy(found, rate, place.seed) if rate else found
 
 
 def require_samples(rollout: RolloutSettings, least: int = 2) -> None:

@@ -14,6 +14,8 @@ class MaskChoice(Choice):
         "one-side": f"{_PARTS}.masks:OneSide",
         "two-side": f"{_PARTS}.masks:TwoSide",
         "ring": f"{_PARTS}.masks:Ring",
+        "gtpo": f"{_METHODS}.gtpo:Conflicts",
+        "d3s": f"{_METHODS}.d3s:DownSampling",
     }
 
 
@@ -36,6 +38,14 @@ class AdvantageChoice(Choice):
         "batch": f"{_PARTS}.advantages:BatchStandardised",
         "lite": f"{_PARTS}.advantages:Lite",
         "moving-mean": f"{_PARTS}.advantages:MovingBaseline",
+        "bnpo": f"{_METHODS}.bnpo:BetaNormalised",
+        "gtpo": f"{_METHODS}.gtpo:LessEntropy",
+        "copo": f"{_METHODS}.copo:Consistency",
+        "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
+        "riskpo": f"{_METHODS}.riskpo:BundledRisk",
+        "red-drop": f"{_METHODS}.rec:Dropped",
+        "red-weight": f"{_METHODS}.rec:Weighted",
+        "asymre": f"{_METHODS}.rec:LoweredBaseline",
     }
 
 

@@ -25,6 +25,7 @@ from postgrad.methods.language.base import (
     require_minibatches,
 )
 from postgrad.methods.language.comparisons import SCORING_TOKENS
+from postgrad.methods.language.critics import find_critic, require_readable
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
 from postgrad.methods.language.rollouts import (
@@ -33,8 +34,7 @@ from postgrad.methods.language.rollouts import (
     rollout_rows,
 )
 from postgrad.models.language import LanguagePolicy, load_policy
-from postgrad.models.scalar import ScalarModel, load_scalar
-from postgrad.models.text_network import TextNetwork
+from postgrad.models.scalar import ScalarModel
 from postgrad.objectives.control import clipped_value_loss
 from postgrad.objectives.policy_gradient import (
     aggregate,
@@ -150,14 +150,12 @@ class ActorCritic(Method):
         return TaskReward(self.config, self.data, reward)
 
     def _find_critic(self) -> ScalarModel:
-        name = self.config.critic
-        if name is None:
-            return ScalarModel.on_body_of(self.policy)
-        critic = load_scalar(
-            name, device=self.place.device, trust_remote_code=self.config.trust_remote_code
+        return find_critic(
+            self.config.critic, self.policy, self.config, self.place, self._longest()
         )
-        self._require_readable("critic", name, critic)
-        return critic
+
+    def _longest(self) -> int:
+        return max(map(len, self.prompts)) + self.config.rollout.max_new_tokens
 
     def other_policy(
         self, key: str, name: str | None, given: LanguagePolicy | None = None
@@ -174,21 +172,8 @@ class ActorCritic(Method):
                 )
             except PostgradError as problem:
                 raise PostgradError(f"{key}: {problem}") from problem
-        self._require_readable(key, str(name), given)
+        require_readable(key, str(name), given, self.policy, self.config, self._longest())
         return given
-
-    def _require_readable(self, key: str, name: str, other: TextNetwork) -> None:
-        if other.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
-            raise PostgradError(
-                f"{key}: {name} has another vocabulary than the model {self.config.model}: it "
-                "cannot read the policy's tokens"
-            )
-        longest = max(map(len, self.prompts)) + self.config.rollout.max_new_tokens
-        if other.context_length < longest:
-            raise PostgradError(
-                f"{key}: {name} has a context of {other.context_length} tokens, but prompts and "
-                f"responses may have {longest}: shorten them or name another"
-            )
 
     def judge(
         self, rows: list[dict[str, Any]], rollouts: Rollouts
@@ -299,15 +284,20 @@ class ActorCritic(Method):
         """The critic's step on a minibatch."""
         return optimise(self.value_loss, batch, "critic")
 
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio may go."""
+        return self.config.clip, self.config.clip
+
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The policy's: PPO's clipped surrogate."""
         new = self._score(batch)
-        length, clip = new.shape[1], self.config.clip
+        length, (low, high) = new.shape[1], self.clip_range
         mask = batch.mask[:, :length].to(new.device)
         advantages = batch.advantages[:, :length].to(new)
         ratio = importance_ratio(new, batch.old_logprobs[:, :length].to(new), mask)
-        per_token = clipped_surrogate(ratio, advantages, clip, clip)
-        clipped = clip_fractions(ratio.detach(), advantages, clip, clip, mask)
+        per_token = clipped_surrogate(ratio, advantages, low, high)
+        clipped = clip_fractions(ratio.detach(), advantages, low, high, mask)
         metrics = {f"ratio/{name}": value for name, value in clipped.items()}
         metrics["ratio/mean"] = float(ratio.detach()[mask].mean()) if mask.any() else 1.0
         return self._aggregated(per_token, mask, batch), metrics
