@@ -261,6 +261,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         ({"auxiliary_weight": 0.95}, "auxiliary_weight, length_weight: .*below 1 .*got 1.05"),
         ({"rollout": {"samples": 1}}, "rollout.samples: .*at least 2 samples, got 1"),
         ({"contrast": "asked"}, "contrast: .*'prompted' or 'partition'"),
+        ({"tool": "calculator"}, "tool: contrast=prompted asks for single turns"),
         ({"contrast_samples": 0}, "contrast_samples: .*greater than 0"),
     ],
 )

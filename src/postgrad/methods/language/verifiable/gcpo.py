@@ -108,6 +108,10 @@ class GCPO(PolicyGradient):
                     f"{getattr(config, name)!r}"
                 )
         super().__init__(config, place, reward=reward, **given)
+        if config.contrast == "prompted" and self.tool is not None:
+            raise PostgradError(
+                "tool: contrast=prompted asks for single turns: contrast=partition goes with tools"
+            )
         if config.contrast == "prompted":
             self._asked = [self._instructed(text) for text in (config.ask_for, config.ask_not)]
 
