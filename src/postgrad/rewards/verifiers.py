@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from postgrad.errors import MissingExtra, PostgradError, unknown
 from postgrad.rewards import overlap
+from postgrad.rewards.unit_tests import code
 
 Rewards = list[float]
 Function = Callable[..., Rewards]
@@ -247,4 +248,5 @@ VERIFIERS: dict[str, Callable[..., Function]] = {
     "format": form,
     "length": length,
     "rouge": rouge,
+    "code": code,
 }
