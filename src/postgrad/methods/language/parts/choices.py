@@ -4,6 +4,7 @@ from postgrad.config import Choice
 
 _PARTS = "postgrad.methods.language.parts"
 _METHODS = "postgrad.methods.language.verifiable"
+_AGENTS = "postgrad.methods.agents"
 
 
 class MaskChoice(Choice):
@@ -41,6 +42,7 @@ class AdvantageChoice(Choice):
         "gtpo": f"{_METHODS}.gtpo:LessEntropy",
         "copo": f"{_METHODS}.copo:Consistency",
         "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
+        "early-call": f"{_AGENTS}.aspo:EarlyCall",
     }
 
 
