@@ -53,7 +53,10 @@ ESCAPES = {
     """,
     "writes a file outside": "open(SECRET + '.new', 'w').write('x')",
     "changes a file outside": "open(SECRET, 'a').write('x')",
-    "renames a file outside": "os.rename(SECRET, SECRET + '.moved'); os.rename(SECRET + '.moved', SECRET)",
+    "renames a file outside": """
+        os.rename(SECRET, SECRET + '.moved')
+        os.rename(SECRET + '.moved', SECRET)
+    """,
     "changes permissions outside": "os.chmod(SECRET, 0o644)",
     "cuts a file outside": "os.truncate(SECRET, 3)",
     "makes a folder outside": "os.mkdir(SECRET + '.folder')",
@@ -83,12 +86,9 @@ ESCAPES = {
     "starts a program": "subprocess.run([PYTHON, '-c', '0'], check=True)",
     "replaces itself": "os.posix_spawn(PYTHON, [PYTHON, '-c', '0'], {})",
     "makes memory that no limit counts": "os.memfd_create('x')",
-    "gives itself a name in the kernel": "assert libc.prctl(23, 21) == 1",  # may mount
-    "leaves its time behind": "resource.setrlimit(resource.RLIMIT_CPU, (9999, 9999))",
+    "takes more time": "resource.setrlimit(resource.RLIMIT_CPU, (9999, 9999))",
     "opens more files": "files = [open('/dev/null') for _ in range(100)]",
 }  # fmt: skip
-# what the weak form, where it has its filter and Landlock, does not promise
-SEEN_BY_THE_WEAK = set()
 
 
 def attempts(which, **places):
@@ -137,7 +137,6 @@ def outside(tmp_path, monkeypatch):
 def test_no_escape_gets_out(box, outside):
     if box.isolation == "process" and not FILTERED:
         pytest.skip("the weak form promises this only on Linux")
-    # root may do it all; a number with a meaning here may have none there
     result = box.run(attempts(ESCAPES, **outside))
     assert (result.output, result.errors) == ("[]\n", "")
     secret = Path(outside["SECRET"])
@@ -153,9 +152,7 @@ def test_every_escape_gets_out_where_there_is_no_sandbox(outside, tmp_path):
     run = subprocess.run(
         command, cwd=tmp_path / "work", pass_fds=[descriptor], capture_output=True, check=True
     )
-    needs_root = {"gives itself a name in the kernel", "leaves its time behind"}
-    expected = [name for name in ESCAPES if os.getuid() == 0 or name not in needs_root]
-    assert run.stdout.decode() == f"{expected}\n"
+    assert run.stdout.decode() == f"{list(ESCAPES)}\n"
 
 
 def test_in_a_strong_form_nothing_is_there(best, outside):
@@ -170,7 +167,24 @@ def test_in_a_strong_form_nothing_is_there(best, outside):
     assert printed == ["[] False False", "False 1 environ({})", "[]"]
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("isolation", [name for name in STRONG if name in HERE])
+def test_in_a_strong_form_no_capability_is_left(isolation):
+    program = """
+    import ctypes
+    libc = ctypes.CDLL(None)
+    capabilities = (ctypes.c_uint32 * 6)()
+    libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), capabilities)
+    bounding = [libc.prctl(23, capability, 0, 0, 0) for capability in range(64)]
+    print(list(capabilities), 1 in bounding, libc.prctl(39, 0, 0, 0, 0))
+    """
+    with Sandbox(isolation) as box:
+        # and none can be had by starting a program: 1 is "no new privileges"
+        assert box.run(textwrap.dedent(program)).output == f"{[0] * 6} False 1\n"
+
+
+@pytest.mark.skipif(
+    not (FILTERED and walls.is_real_root()), reason="only root can become somebody else"
+)
 def test_root_is_nobody_inside_for_good(best):
     program = """
     import os
@@ -292,9 +306,14 @@ def test_threads_can_be_had_but_not_without_end(box):
 
 def test_crashes_are_told_by_their_signals(box):
     assert box.run("import ctypes; ctypes.string_at(0)").exit == 128 + signal.SIGSEGV
-    deep = (
-        "import sys\nsys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\nrepr(x)"
-    )
+    deep = """
+    import sys
+    sys.setrecursionlimit(10**9)
+    x = []
+    for _ in range(3 * 10**5): x = [x]
+    repr(x)
+    """
+    deep = textwrap.dedent(deep)
     assert box.run(deep).exit != 0
     assert box.run("import os; os.abort()").exit == 128 + signal.SIGABRT
     kills_itself = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
@@ -393,7 +412,7 @@ def test_results_are_those_of_python(box):
     assert box.run("print(__name__, __file__)").exit == 1  # there is no file
     assert box.run("import sys; sys.exit('bad')").errors == "bad\n"
     assert box.run("import atexit; atexit.register(print, 'end'); print('a')").output == "a\nend\n"
-    late = "import threading, time\nt = threading.Thread(target=lambda: (time.sleep(.1), print('b')))\nt.start()"
+    late = "import threading\nthreading.Timer(0.1, print, ('b',)).start()"
     assert box.run(late).output == "b\n"
     long = "x" * 300_000
     assert box.run("print(input())", long).output == long + "\n"
@@ -416,7 +435,12 @@ def test_the_standard_library_is_there(box):
 
 
 def test_every_run_is_the_same_and_sees_nothing_of_another(box):
-    program = "import random\nprint(random.random(), list({'a', 'b', 'c', 'd', 'e'}), __import__('os').listdir('.'))\nopen('x', 'w')"
+    program = """
+    import os, random
+    print(random.random(), list({"a", "b", "c", "d", "e"}), os.listdir("."))
+    open("x", "w")
+    """
+    program = textwrap.dedent(program)
     first = box.run(program)
     assert first.exit == 0
     assert box.run(program) == first
@@ -428,9 +452,10 @@ def test_many_at_a_time():
     with Sandbox(limits=Limits(wall=60), parallel=4) as box:
         programs = [f"print({i})" for i in range(24)]
         assert [r.output for r in box.map(box.run, programs)] == [f"{i}\n" for i in range(24)]
-        start = time.monotonic()
-        box.map(box.run, ["import time; time.sleep(1)"] * 4)
-        assert time.monotonic() - start < 3.5  # four one after another would take four
+        sleeper = "import time; print(time.time()); time.sleep(2); print(time.time())"
+        times = [r.output.split() for r in box.map(box.run, [sleeper] * 2)]
+        assert float(times[0][0]) < float(times[1][1])
+        assert float(times[1][0]) < float(times[0][1])
 
 
 def test_the_weak_form_has_to_be_asked_for(monkeypatch):
@@ -482,12 +507,23 @@ def test_a_snippet_that_takes_too_long_is_interrupted_and_variables_live_on(best
         result = python.run("print('a')\nwhile True: x += 1")
         assert (result.limit, result.output) == ("time", "a\n")
         assert python.run("x > 1").output == "True\n"
-        stubborn = (
-            "while True:\n    try:\n        while True: x = 1\n    except BaseException: pass"
-        )
-        assert python.run(stubborn).limit == "time"
+        stubborn = """
+        while True:
+            try:
+                while True: sum(range(10))
+            except BaseException: pass
+        """
+        assert python.run(textwrap.dedent(stubborn)).limit == "time"
         assert not python.alive
         assert python.run("x") == sandbox.Result("", "", 1, "ended")
+
+
+FORGED = """
+import json, os, time
+data = json.dumps(["exit"]).encode()
+os.write(3, len(data).to_bytes(8, "big") + data)
+time.sleep(50)
+"""
 
 
 def test_what_ends_an_interpreter(best):
@@ -495,7 +531,8 @@ def test_what_ends_an_interpreter(best):
         "import os; print('a', flush=True); os._exit(3)": (3, None),
         "import ctypes; ctypes.string_at(0)": (128 + signal.SIGSEGV, None),
         "while True: print('x' * 1000)": (128 + signal.SIGKILL, "output"),
-        # a forged answer that is none
+        # forged answers
+        FORGED: (137, "output"),
         "import os; os.write(3, bytes([255] * 8)); import time; time.sleep(50)": (137, "output"),
     }
     for snippet, (code, limit) in cases.items():
@@ -527,7 +564,7 @@ CHEATS = {
     "exits with success": "import sys\nsys.exit(0)",
     "exits within": "import sys\ndef f(x): sys.exit(0)",
     "exits at once": "import os\ndef f(x): os._exit(0)",
-    "exits at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): raise SystemExit",
+    "exits at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): exit()",
     "prints success": "print('True\\nOK\\npassed')\ndef f(x): print('passed')",
     "equals everything": """
         class Any:
@@ -772,7 +809,8 @@ CROSSING = {
         p = P(1)
         assert p.add(5).add(6) == p and len(p) == 2 and p[1] == 6 and list(p) == [5, 6]
         p.x = 3
-        assert repr(p + P(2)) == 'P(5)' and p == P(3) and isinstance(p, P) and not isinstance(1, P) and p != 3
+        assert repr(p + P(2)) == 'P(5)' and p == P(3) and p != 3
+        assert isinstance(p, P) and not isinstance(1, P)
     """,
     "named tuples": r"""
         from collections import namedtuple
@@ -873,7 +911,7 @@ def test_humaneval():
     with gzip.open(HUMANEVAL) as file:
         rows = [json.loads(line) for line in file]
     # plain ones, helpers in the prompt, random inputs, a module of the prompt
-    rows = [rows[i] for i in (0, 1, 32, 38, 50, 53, 115, 160)]
+    rows = [rows[i] for i in (0, 32, 38, 53, 115)]
     columns = {key: [row[key] for row in rows] for key in ("test", "entry_point")}
     prompts = [row["prompt"] for row in rows]
     right = [row["canonical_solution"] for row in rows]
@@ -884,7 +922,7 @@ def test_humaneval():
     assert rewards(whole[:2], chats[:2], **{k: v[:2] for k, v in columns.items()}) == [1, 1]
     assert rewards(["    return None\n"] * len(rows), prompts, **columns) == [0] * len(rows)
     poly = "    return 0\n\ndef poly(xs, x):\n    return 0\n"
-    assert rewards([poly], prompts[2:3], **{k: v[2:3] for k, v in columns.items()}) == [0]
+    assert rewards([poly], prompts[1:2], **{k: v[1:2] for k, v in columns.items()}) == [0]
 
 
 @pytest.mark.parametrize(
@@ -909,7 +947,7 @@ def test_rows_without_usable_tests_are_named(columns, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"time_limit": 0}, "time_limit must be a positive number, got 0"),
+        ({"time_limit": 0}, "time_limit must be above 0, got 0"),
         ({"memory": 1.5}, "memory must be a positive whole number, got 1.5"),
         ({"parallel": True}, "parallel must be a positive whole number, got True"),
         ({"partial": "some"}, "partial must be true or false, got 'some'"),

@@ -10,13 +10,17 @@ from postgrad.tasks.addition import Addition
 
 STEPS, PROMPTS, SAMPLES = 120, 32, 8
 EVALUATE_EVERY, EVALUATED, TESTED = 20, 300, 2000
-TASK = (
-    "addition: a small transformer, warmed up until it solves about half of the 3-digit sums; "
-    f"{STEPS} steps of {PROMPTS} fresh prompts (a third each of 1, 2 and 3 digits) with {SAMPLES} "
-    f"samples; accuracy of greedy answers to {TESTED} unseen 3-digit sums"
-)
 
 Curve = list[tuple[float, float]]
+
+
+def task(steps: int = STEPS, prompts: int = PROMPTS) -> str:
+    """What `trained_on_sums` does, in words."""
+    return (
+        "addition: a small transformer, warmed up until it solves about half of the 3-digit sums; "
+        f"{steps} steps of {prompts} fresh prompts (a third each of 1, 2 and 3 digits) with "
+        f"{SAMPLES} samples; accuracy of greedy answers to {TESTED} unseen 3-digit sums"
+    )
 
 
 @dataclass
@@ -27,8 +31,8 @@ class Training:
     metrics: list[Metrics] = field(default_factory=list)
 
     def series(self, name: str) -> list[float]:
-        """A metric at every step that learnt something."""
-        return [metrics[name] for metrics in self.metrics if metrics]
+        """A metric at every step that learnt something; a 0 if none did."""
+        return [metrics[name] for metrics in self.metrics if metrics] or [0.0]
 
     def curve(self, name: str, every: int = 5) -> Curve:
         points = [(float(i + 1), m[name]) for i, m in enumerate(self.metrics) if m]

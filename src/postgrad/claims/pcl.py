@@ -11,7 +11,7 @@ from postgrad.claims.stepping import train_in_steps
 from postgrad.methods.language.verifiable.policy_gradient import PolicyGradient
 from postgrad.tasks.addition import Addition
 
-STEPS, PROMPTS, SAMPLES, POOL_FACTOR = 120, 32, 8, 4
+STEPS, PROMPTS, SAMPLES, POOL_FACTOR = 80, 32, 8, 4
 EVALUATE_EVERY, EVALUATED, TESTED = 20, 300, 2000
 METRIC, USEFUL, COST = "accuracy", "useful responses", "responses for each that is learnt from"
 

@@ -12,7 +12,7 @@ from postgrad.claims.stepping import train_in_steps
 from postgrad.seeding import generator
 from postgrad.tasks.addition import Addition
 
-STEPS, RESPONSES, POOL = 120, 256, 600
+STEPS, RESPONSES, POOL = 80, 256, 600
 EVALUATE_EVERY, EVALUATED, TESTED = 20, 300, 2000
 METRIC, TRACKING = "accuracy", "tracking error"
 LOW, HIGH, HALF_LIFE = 0.875, 0.96, 0.06

@@ -31,8 +31,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -45,6 +45,7 @@ from postgrad.rewards.confined.server import START
 
 STRONG = ("namespaces", "bubblewrap")
 ISOLATIONS = (*STRONG, "process")
+_LONGEST_START = 60.0  # seconds until a sandbox stands, on however busy a machine
 _LONGEST_ANSWER = 1 << 20  # bytes of a message from a sandbox
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
@@ -100,10 +101,9 @@ class Sandbox:
     ):
         self.isolation = choose(isolation)
         self.limits = limits or Limits()
-        self.parallel = parallel or len(os.sched_getaffinity(0))
+        self.parallel = parallel or _cores()
         self._idle: queue.SimpleQueue[_Server] = queue.SimpleQueue()
-        self._first: _Server | None = None  # of which the interpreters' servers are forks
-        self._forking = threading.Lock()
+        self._at_the_end = weakref.finalize(self, _close_all, self._idle)
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -113,15 +113,7 @@ class Sandbox:
 
     def close(self) -> None:
         """End the idle servers; those at work end after their run."""
-        with self._forking:
-            if self._first is not None:
-                self._first.close()
-                self._first = None
-        while True:
-            try:
-                self._idle.get_nowait().close()
-            except queue.Empty:
-                return
+        _close_all(self._idle)
 
     def run(self, program: str, stdin: str = "") -> Result:
         """Run a program, as `python program.py` would, with text on its standard input."""
@@ -160,16 +152,17 @@ class Sandbox:
 
     def interpreter(self) -> "Interpreter":
         """A process in which the snippets of a conversation run one after another."""
-        with self._forking:
-            if self._first is None:
-                self._first = _Server(self.isolation)
-            server = self._first.another()
-        return Interpreter(self.isolation, self.limits, server)
+        with self._server() as server:
+            return Interpreter(self.isolation, self.limits, server.another())
 
     def map(self, function: Callable[[_Item], _Found], items: Sequence[_Item]) -> list[_Found]:
         """`function` of every item, as many at a time as this sandbox runs in parallel."""
         with ThreadPoolExecutor(max(1, min(self.parallel, len(items)))) as pool:
-            return list(pool.map(function, items))
+            try:
+                return list(pool.map(function, items))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     @contextlib.contextmanager
     def _server(self) -> Iterator["_Server"]:
@@ -185,12 +178,19 @@ class Sandbox:
         self._idle.put(server)
 
 
+def _close_all(idle: "queue.SimpleQueue[_Server]") -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            idle.get_nowait().close()
+
+
 class Interpreter:
     """Successive snippets in one sandbox: variables live on from one to the next.
 
     `limits.wall` is the time of each snippet: one that takes longer is interrupted, and where it
     resists that the interpreter ends. `limits.cpu` does not apply. The value of a snippet's last
-    expression is printed, as at Python's prompt.
+    expression is printed, as at Python's prompt. How a snippet ended is its own word: it may lie
+    about an error, but about nothing outside.
     """
 
     _GRACE = 1.0  # seconds that an interrupted snippet has to end
@@ -205,7 +205,11 @@ class Interpreter:
         given = limits or Limits()
         self.limits = Limits(None, given.wall, given.memory, given.disk, given.output)
         self._server = server or _Server(choose(isolation))
-        self._run = self._server.begin("interpret", self.limits)
+        try:
+            self._run = self._server.begin("interpret", self.limits)
+        except BaseException:
+            self._server.close()
+            raise
         self._run.shut_input()
         self.alive = True
 
@@ -220,11 +224,10 @@ class Interpreter:
         if not self.alive:
             return Result("", "", 1, "ended")
         start = time.monotonic()
-        start = time.monotonic()
         self._run.say([snippet, self.limits.wall])
         answer = self._run.hear(start + self.limits.wall + self._GRACE)
-        if answer is None:
-            result = self._run.stop("time")
+        if answer is None or not _is_report(answer):
+            result = self._run.stop("time" if answer is None else "output")
             self.close()
             return result
         output, errors = self._run.take()
@@ -267,8 +270,13 @@ class _Server:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the trainer, which may finish its step
                 cwd="/",
             )
+        try:
+            messages.receive(self.connection)  # no run waits for its imports
+        except messages.Closed:
+            raise self.lost() from None
 
     def begin(self, task: str, limits: Limits, partner: socket.socket | None = None) -> "_Run":
         """Start a sandbox; `partner` becomes its own, to talk to another one."""
@@ -328,6 +336,7 @@ class _Run:
             "limits": asdict(limits),
             "isolation": server.isolation,
             "folder": self._folder,
+            "bwrap": shutil.which("bwrap"),
         }
         try:
             messages.send(server.connection, job, given)
@@ -336,6 +345,19 @@ class _Run:
         finally:
             for file in given:
                 os.close(file)
+        try:
+            self._wait_for_the_start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_for_the_start(self) -> None:
+        """No walls, no run: what fails before the first word is not the program's fault."""
+        if self.hear(self._start + _LONGEST_START) != "started":
+            result = self.stop("time")
+            told = " ".join(result.errors.split())[-200:] or f"it ended with {result.exit}"
+            raise PostgradError(f"sandbox {self._server.isolation!r} did not start: {told}")
+        self._start = time.monotonic()
 
     def __enter__(self) -> "_Run":
         return self
@@ -371,8 +393,6 @@ class _Run:
         """End the run, because of that limit unless it has ended by itself."""
         self._kill(limit)
         assert self._answer is not None
-        if self._answer["fault"]:
-            raise PostgradError(f"sandbox {self._server.isolation!r}: {self._answer['fault']}")
         code, (output, errors) = self._answer["exit"], self.take()
         if self._limit is None:
             self._limit = self._limit_of(code, errors)
@@ -490,6 +510,18 @@ class _Run:
             self._answer = messages.receive(self._server.connection)
         except messages.Closed:
             raise self._server.lost() from None
+        if self._answer["fault"]:
+            what = f"sandbox {self._server.isolation!r} did not start"
+            raise PostgradError(f"{what}: {self._answer['fault']}")
+
+
+def _is_report(answer: Any) -> bool:
+    """Whether a snippet's end is told as it should be: the snippet might have written it itself."""
+    return (
+        isinstance(answer, dict)
+        and isinstance(answer.get("exit"), int)
+        and answer.get("limit") in (None, "time")
+    )
 
 
 def _limit_in(errors: str) -> str | None:
@@ -499,6 +531,13 @@ def _limit_in(errors: str) -> str | None:
         return "memory"
     full = (errno.EFBIG, errno.ENOSPC)
     return "disk" if any(last.startswith(f"OSError: [Errno {e}]") for e in full) else None
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose(isolation: str | None = None) -> str:
@@ -536,11 +575,11 @@ def why_not(isolation: str) -> str | None:
         return "the program bwrap is not installed"
     try:
         server = _Server(isolation)
-        with contextlib.closing(server), server.begin("run", Limits()) as trial:
+        with contextlib.closing(server), server.begin("run", Limits(wall=60)) as trial:
             trial.say("import ctypes, math; print(6 * 7)")
             result = trial.finish()
     except (PostgradError, OSError) as error:
-        return str(error)
+        return str(error).removeprefix(f"sandbox {isolation!r} did not start: ")
     if result.output != "42\n":
         return " ".join(result.errors.split())[-200:] or f"a trial ended with {result.exit}"
     return None

@@ -106,17 +106,21 @@ def code(
     perhaps `setup` to run before them and `entry_point`; or `inputs` and `outputs`, what the
     program reads and prints.
     """
-    for name, value in (("time_limit", time_limit), ("memory", memory), ("parallel", parallel)):
-        if value is None and name == "parallel":
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not value > 0 or (name != "time_limit" and value != int(value)):
-            expected = "a positive number" if name == "time_limit" else "a positive whole number"
-            raise PostgradError(f"reward 'code': {name} must be {expected}, got {value!r}")
+    if not _positive(time_limit, int | float):
+        raise PostgradError(f"reward 'code': time_limit must be above 0, got {time_limit!r}")
+    for name, value in (("memory", memory), ("parallel", 1 if parallel is None else parallel)):
+        if not _positive(value, int):
+            raise PostgradError(
+                f"reward 'code': {name} must be a positive whole number, got {value!r}"
+            )
     if not isinstance(partial, bool):
         raise PostgradError(f"reward 'code': partial must be true or false, got {partial!r}")
     limits = Limits(cpu=math.ceil(time_limit), wall=2 * time_limit, memory=memory << 20)
     return UnitTests(Sandbox(isolation, limits, parallel), partial)
+
+
+def _positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
 def extract(completion: str) -> str:

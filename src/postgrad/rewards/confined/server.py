@@ -13,36 +13,15 @@ import select
 import signal
 import socket
 import sys
-import time
 from typing import Any, NoReturn
 
 from . import messages, tasks, walls
 
-_COMMON = [
-    "array",
-    "bisect",
-    "collections",
-    "copy",
-    "ctypes",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "enum",
-    "fractions",
-    "functools",
-    "heapq",
-    "itertools",
-    "json",
-    "linecache",
-    "math",
-    "operator",
-    "random",
-    "re",
-    "statistics",
-    "string",
-    "traceback",
-    "typing",
-]
+_COMMON = (
+    "array", "bisect", "collections", "copy", "ctypes", "dataclasses", "datetime", "decimal",
+    "enum", "fractions", "functools", "heapq", "itertools", "json", "linecache", "math", "operator",
+    "random", "re", "statistics", "string", "traceback", "typing",
+)  # fmt: skip
 
 # run by `python -c` with the folder above this one as its first argument
 START = """\
@@ -68,6 +47,7 @@ def main() -> None:
     connection.set_inheritable(False)
     for name in _COMMON:
         importlib.import_module(name)
+    messages.send(connection, "ready")
     while True:
         files: list[int] = []
         try:
@@ -80,7 +60,6 @@ def main() -> None:
             connection = _another(connection, files[0])
             continue
         fault, told = os.pipe()
-        start = time.perf_counter()
         child = os.fork()
         if child == 0:
             connection.close()
@@ -91,7 +70,6 @@ def main() -> None:
         code, seconds = _end(child, connection)
         with open(fault, errors="replace") as reason:
             answer = {"exit": code, "cpu": seconds, "fault": reason.read(2000)}
-        answer["wall"] = time.perf_counter() - start
         try:
             messages.send(connection, answer)
         except messages.Closed:
@@ -150,15 +128,20 @@ def _become(job: dict[str, Any], files: list[int], told: int) -> NoReturn:
             os.chdir(job["folder"])
             _run(job, told)
         os.set_inheritable(told, False)
+        job["real_root"] = walls.is_real_root()
         walls.die_with(os.getppid())
         if job["isolation"] == "bubblewrap":
             command = walls.bubblewrap(job, os.path.dirname(__file__), START)
             os.execv(command[0], command)
-        walls.separate(job["limits"]["disk"])
+        walls.separate(job["limits"]["disk"], real_root=job["real_root"])
         _first_process(job, told)
     except BaseException as error:  # noqa: BLE001
-        os.write(told, f"{error}".encode())
+        os.write(told, _in_words(error))
     os._exit(125)
+
+
+def _in_words(error: BaseException) -> bytes:
+    return str(getattr(error, "strerror", None) or error).encode(errors="replace")
 
 
 def _only_these_open(files: list[int]) -> int:
@@ -195,7 +178,7 @@ def _run(job: dict[str, Any], told: int | None = None) -> NoReturn:
         walls.restrict(job["limits"])
         alone = job["isolation"] == "process"
         if sys.platform == "linux":
-            walls.give_up_privileges(become_nobody=not alone)
+            walls.give_up_privileges(become_nobody=not alone and job["real_root"])
         if walls.can_filter():
             if alone:
                 walls.files_only_in(job["folder"])
@@ -204,7 +187,7 @@ def _run(job: dict[str, Any], told: int | None = None) -> NoReturn:
         if told is not None:
             os.close(told)
     except BaseException as error:  # noqa: BLE001
-        os.write(2 if told is None else told, f"{error}".encode())
+        os.write(2 if told is None else told, _in_words(error))
         os._exit(125)
     try:
         tasks.TASKS[job["task"]]()

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import signal
 import struct
 import sys
@@ -42,6 +41,7 @@ _READ_ONLY, _NO_SUID, _NO_DEVICES, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = (
     1, 2, 4, 32, 4096, 16384, 1 << 18,
 )  # fmt: skip
 _DETACH = 2
+_CAPABILITY_HEADER = struct.pack("Ii", 0x20080522, 0)
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _MOUNT_SETATTR, _LANDLOCK = 442, 444  # the same on both
 
@@ -74,7 +74,22 @@ def devices() -> list[str]:
     return [device for device in _DEVICES if os.path.exists(device)]
 
 
-def separate(size: int) -> None:
+def is_real_root() -> bool:
+    """Whether this process may make namespaces without one for users.
+
+    Root of a container usually may not; inside it then stays who it is, without any power.
+    """
+    return os.getuid() == 0 and bool(_capabilities()[0] & 1 << 21)
+
+
+def _capabilities() -> tuple[int, ...]:
+    """Effective, permitted and inheritable capabilities, in two parts."""
+    found = ctypes.create_string_buffer(24)
+    _check(_library().capget(_CAPABILITY_HEADER, found), "capget")
+    return struct.unpack("6I", found.raw)
+
+
+def separate(size: int, *, real_root: bool) -> None:
     """Move this process into namespaces of its own; its children see a new root.
 
     There are the interpreter's files, read-only, and an empty folder in memory of `size` bytes; no
@@ -83,12 +98,8 @@ def separate(size: int) -> None:
     library = _library()
     spaces = _NEW_MOUNTS | _NEW_CGROUP | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET
     user, group = os.getuid(), os.getgid()
-    if (
-        user != 0
-    ):  # root needs no user namespace, and becomes nobody afterwards (`give_up_privileges`)
-        spaces |= _NEW_USER
-    _check(library.unshare(spaces), "namespaces")
-    if user != 0:
+    _check(library.unshare(spaces if real_root else spaces | _NEW_USER), "namespaces")
+    if not real_root:
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{user} {user} 1"),
@@ -171,19 +182,18 @@ def restrict(limits: dict[str, Any]) -> None:
 def give_up_privileges(*, become_nobody: bool) -> None:
     """Give up every power over the kernel, those in an own user namespace too; for good.
 
-    Root also becomes nobody, if asked to: it owns too many files.
+    Real root also becomes nobody: it owns too many files.
     """
     library = _library()
     library.prctl(47, 4, 0, 0, 0)  # ambient: clear all
     capability = 0
     while library.prctl(24, capability, 0, 0, 0) == 0:  # the bounding set
         capability += 1
-    if become_nobody and os.getuid() == 0:
+    if become_nobody:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    header = struct.pack("Ii", 0x20080522, 0)
-    _check(library.capset(header, bytes(24)), "capset")
+    _check(library.capset(_CAPABILITY_HEADER, bytes(24)), "capset")
 
 
 def die_with(parent: int) -> None:
@@ -341,11 +351,11 @@ def bubblewrap(job: dict[str, Any], modules: str, start: str) -> list[str]:
     `modules` is the folder of these modules, `start` the statement that runs them.
     """
     command = [
-        *(shutil.which("bwrap", path=os.defpath) or "bwrap",),
+        job["bwrap"],
         *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
         *("--unshare-cgroup-try", "--new-session", "--die-with-parent", "--cap-drop", "ALL"),
     ]
-    if os.getuid() == 0:  # to become nobody, and to give up the rest
+    if job["real_root"]:  # to become nobody, and to give up the rest
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
             command += ["--cap-add", capability]
     else:

@@ -16,6 +16,7 @@ class MaskChoice(Choice):
         "two-side": f"{_PARTS}.masks:TwoSide",
         "ring": f"{_PARTS}.masks:Ring",
         "gtpo": f"{_METHODS}.gtpo:Conflicts",
+        "d3s": f"{_METHODS}.d3s:DownSampling",
     }
 
 
@@ -43,6 +44,10 @@ class AdvantageChoice(Choice):
         "copo": f"{_METHODS}.copo:Consistency",
         "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
         "early-call": f"{_AGENTS}.aspo:EarlyCall",
+        "riskpo": f"{_METHODS}.riskpo:BundledRisk",
+        "red-drop": f"{_METHODS}.rec:Dropped",
+        "red-weight": f"{_METHODS}.rec:Weighted",
+        "asymre": f"{_METHODS}.rec:LoweredBaseline",
     }
 
 
