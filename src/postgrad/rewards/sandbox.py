@@ -223,8 +223,8 @@ class Interpreter:
         """Run one more snippet; `ended` is the result's limit if there is no process any more."""
         if not self.alive:
             return Result("", "", 1, "ended")
-        start = time.monotonic()
         self._run.say([snippet, self.limits.wall])
+        start = time.monotonic()
         answer = self._run.hear(start + self.limits.wall + self._GRACE)
         if answer is None or not _is_report(answer):
             result = self._run.stop("time" if answer is None else "output")
@@ -310,6 +310,7 @@ class _Run:
         self._server = server
         self._limits = limits
         self._start = time.monotonic()
+        self._stands = False
         self._limit: str | None = None
         self._answer: dict[str, Any] | None = None  # the server's, when it has ended
         self._folder = tempfile.mkdtemp(prefix="postgrad-") if server.isolation == "process" else ""
@@ -345,11 +346,6 @@ class _Run:
         finally:
             for file in given:
                 os.close(file)
-        try:
-            self._wait_for_the_start()
-        except BaseException:
-            self.close()
-            raise
 
     def _wait_for_the_start(self) -> None:
         """No walls, no run: what fails before the first word is not the program's fault."""
@@ -358,6 +354,7 @@ class _Run:
             told = " ".join(result.errors.split())[-200:] or f"it ended with {result.exit}"
             raise PostgradError(f"sandbox {self._server.isolation!r} did not start: {told}")
         self._start = time.monotonic()
+        self._stands = True
 
     def __enter__(self) -> "_Run":
         return self
@@ -370,7 +367,12 @@ class _Run:
         return self._answer is not None
 
     def say(self, message: Any) -> None:
-        """Send a message; one that is not taken in time, or by nobody, is lost."""
+        """Send a message; one that is not taken in time, or by nobody, is lost.
+
+        Time counts from the first one on: before it, the walls are waited for.
+        """
+        if not self._stands:
+            self._wait_for_the_start()
         self._channel.settimeout(self._limits.wall)
         with contextlib.suppress(messages.Closed):
             messages.send(self._channel, message)

@@ -60,7 +60,7 @@ def _check(returned: int, what: str) -> int:
 def readable() -> list[str]:
     """The files and folders that Python and its libraries need, as they are named here."""
     own = [os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(os.__file__))]
-    found = [*own, *(path for path in sys.path if os.path.isdir(path)), *_SYSTEM]
+    found = [*own, *sys.path, *_SYSTEM]
     # a folder within another one is there with it
     there = sorted({os.path.normpath(path) for path in found if os.path.lexists(path)})
     return [path for path in there if not _within(path, there)]
@@ -126,6 +126,8 @@ def _new_root(library: Any, size: int) -> None:
     pivot = _PIVOT_ROOT[platform.machine()]
     _check(library.syscall(pivot, b"/tmp", b"/tmp/old"), "pivot_root")
     os.chdir("/")
+    os.mkdir(FOLDER)
+    mount("tmpfs", FOLDER, "tmpfs", safe, f"size={size},nr_inodes=4096,mode=1777")
     # only now is a source below /tmp uncovered again
     for path in shown:
         source = f"/old{path}"
@@ -142,8 +144,6 @@ def _new_root(library: Any, size: int) -> None:
             _read_only(library, path)
     _check(library.umount2(b"/old", _DETACH), "umount")
     os.rmdir("/old")
-    os.makedirs(FOLDER, exist_ok=True)
-    mount("tmpfs", FOLDER, "tmpfs", safe, f"size={size},nr_inodes=4096,mode=1777")
     mount("none", "/", None, _REMOUNT | _BIND | _READ_ONLY | safe)
     os.chdir(FOLDER)
 
@@ -360,28 +360,18 @@ def bubblewrap(job: dict[str, Any], modules: str, start: str) -> list[str]:
             command += ["--cap-add", capability]
     else:
         command += ["--unshare-user"]
+    command += ["--perms", "1777", "--size", str(job["limits"]["disk"]), "--tmpfs", FOLDER]
     python = os.path.realpath(sys.executable)
     shown = [*readable(), *devices(), *([python] if not _within(python, readable()) else [])]
     above = {str(folder) for path in shown for folder in PurePath(path).parents[:-1]}
-    for folder in sorted(above):
+    for folder in sorted({*above, "/code"} - {FOLDER}):
         command += ["--perms", "0755", "--dir", folder]
     for path in shown:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--dev-bind" if path in _DEVICES else "--ro-bind", path, path]
-    command += ["--perms", "0755", "--dir", "/code"]
-    command += ["--ro-bind", modules, f"/code/{os.path.basename(modules)}"]
-    command += ["--perms", "1777", "--size", str(job["limits"]["disk"]), "--tmpfs", FOLDER]
-    command += [
-        "--remount-ro",
-        "/",
-        "--chdir",
-        FOLDER,
-        "--clearenv",
-        "--setenv",
-        "PYTHONHASHSEED",
-        "0",
-    ]
-    command += ["--", python, "-s", "-P", "-S", "-X", "utf8", "-c", start, "/code"]
-    return [*command, "inside", json.dumps(job)]
+    command += ["--ro-bind", modules, f"/code/{os.path.basename(modules)}", "--remount-ro", "/"]
+    command += ["--chdir", FOLDER, "--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--", python]
+    command += ["-s", "-P", "-S", "-X", "utf8", "-c", start, "/code", "inside", json.dumps(job)]
+    return command
