@@ -153,7 +153,8 @@ class Sandbox:
 
     def interpreter(self) -> "Interpreter":
         """A process in which the snippets of a conversation run one after another."""
-        return Interpreter(self.isolation, self.limits)
+        with self._server() as server:
+            return Interpreter(self.isolation, self.limits, server.another())
 
     def map(self, function: Callable[[_Item], _Found], items: Sequence[_Item]) -> list[_Found]:
         """`function` of every item, as many at a time as this sandbox runs in parallel."""
@@ -195,11 +196,21 @@ class Interpreter:
 
     _GRACE = 1.0  # seconds that an interrupted snippet has to end
 
-    def __init__(self, isolation: str | None = None, limits: Limits | None = None):
+    def __init__(
+        self,
+        isolation: str | None = None,
+        limits: Limits | None = None,
+        server: "_Server | None" = None,
+    ):
+        """`server` is closed with this interpreter; one of its own is started if not given."""
         given = limits or Limits()
         self.limits = Limits(None, given.wall, given.memory, given.disk, given.output)
-        self._server = _Server(choose(isolation))
-        self._run = self._server.begin("interpret", self.limits)
+        self._server = server or _Server(choose(isolation))
+        try:
+            self._run = self._server.begin("interpret", self.limits)
+        except BaseException:
+            self._server.close()
+            raise
         self._run.shut_input()
         self.alive = True
 
@@ -234,12 +245,23 @@ class Interpreter:
 
 
 class _Server:
-    """A process that starts sandboxes, one at a time (see `confined.server`)."""
+    """A process that starts sandboxes, one at a time (see `confined.server`).
 
-    def __init__(self, isolation: str):
+    A fork of another server costs a hundredth of one that starts Python.
+    """
+
+    def __init__(self, isolation: str, fork_of: "_Server | None" = None):
         self.isolation = isolation
         self.connection, theirs = socket.socketpair()
+        self._process: subprocess.Popen[bytes] | None = None
         with theirs:
+            if fork_of is not None:
+                try:
+                    messages.send(fork_of.connection, {"task": "serve"}, [theirs.fileno()])
+                except messages.Closed:
+                    self.connection.close()
+                    raise fork_of.lost() from None
+                return
             options = ["-s", "-P", "-S", "-X", "utf8"]
             place = [str(Path(__file__).parent), str(theirs.fileno())]
             self._process = subprocess.Popen(
@@ -261,17 +283,25 @@ class _Server:
         """Start a sandbox; `partner` becomes its own, to talk to another one."""
         return _Run(self, task, limits, partner)
 
+    def another(self) -> "_Server":
+        """A server that is a fork of this one, which must not be at work."""
+        return _Server(self.isolation, self)
+
     def lost(self) -> PostgradError:
         """The error for a server that has ended by itself."""
         self.close()
-        assert self._process.stderr is not None
-        told = self._process.stderr.read().decode(errors="replace").split("\n")
+        stderr = self._process.stderr if self._process else None
+        told = stderr.read().decode(errors="replace").split("\n") if stderr else []
         reason = next((line for line in reversed(told) if line.strip()), "no reason given")
         return PostgradError(f"sandbox {self.isolation!r}: its server ended ({reason})")
 
     def close(self) -> None:
-        self.connection.close()
-        self._process.wait()
+        with self.connection, contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(1 << 16):  # until the server has gone
+                pass
+        if self._process is not None:
+            self._process.wait()
 
 
 class _Run:
