@@ -100,6 +100,8 @@ def test_padding_is_never_chosen_and_ties_do_not_add_tokens():
     assert select_tokens(keys, mask, 1.0).equal(mask)
     assert select_tokens(keys, mask, 0.6).tolist() == [[False] * 3, [True] * 3]
     assert select_tokens(keys, mask, 0.8).sum() == 4  # one of two zeros
+    wide = torch.cat([mask, mask], 1)  # a part of a larger mask is one as well
+    assert select_tokens(keys, wide[:, :3], 0.8).equal(select_tokens(keys, mask, 0.8))
     own = select_tokens(keys, mask, 0.5, "response")
     assert own.sum(1).tolist() == [1, 2]
     assert select_tokens(keys, mask, 0.01).sum() == 1

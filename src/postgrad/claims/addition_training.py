@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from postgrad.claims.addition_warm_up import TOKENS, greedy_accuracy, untrained, warmed_up
-from postgrad.claims.stepping import train_in_steps
+from postgrad.claims.stepping import Collect, own_batch, train_in_steps
 from postgrad.methods.base import Metrics
 from postgrad.models.language import LanguagePolicy
 from postgrad.tasks.addition import Addition
@@ -47,12 +47,23 @@ class Training:
 
 
 def trained_on_sums(
-    settings: dict[str, Any], seed: int, quick: bool, steps: int = STEPS, prompts: int = PROMPTS
+    settings: dict[str, Any],
+    seed: int,
+    quick: bool,
+    steps: int = STEPS,
+    prompts: int = PROMPTS,
+    *,
+    target: float = 0.45,
+    collect: Collect = own_batch,
+    evaluate_every: int = EVALUATE_EVERY,
 ) -> Training:
-    """Train the method `settings["slug"]` with the other settings, from the warmed-up model."""
+    """Train the method `settings["slug"]` with the other settings, from the warmed-up model.
+
+    `target` is how well that solves hard sums, `collect` may change what is learnt from.
+    """
     slug, own = settings["slug"], {k: v for k, v in settings.items() if k != "slug"}
     steps, tested = (4, 100) if quick else (steps, TESTED)
-    policy = untrained(seed) if quick else warmed_up(seed)
+    policy = untrained(seed) if quick else warmed_up(seed, target)
     test = Addition("grpo claim").draw(tested, digits=3)
     found = Training(policy, [(0.0, greedy_accuracy(policy, test))])
     training = train_in_steps(
@@ -63,6 +74,7 @@ def trained_on_sums(
             "data": Addition(f"claim {seed}", weights=[1, 1, 1]).draw(prompts * steps),
             "reward": "addition",
         },
+        collect,
         **{
             "steps": steps,
             "batch_size": prompts,
@@ -73,7 +85,7 @@ def trained_on_sums(
     )
     for step, metrics in training:
         found.metrics.append(metrics)
-        if step % EVALUATE_EVERY == 0 and step < steps:
+        if step % evaluate_every == 0 and step < steps:
             found.accuracy.append((float(step), greedy_accuracy(policy, test[:EVALUATED])))
     found.accuracy.append((float(steps), greedy_accuracy(policy, test)))
     return found

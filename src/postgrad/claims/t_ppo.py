@@ -1,6 +1,10 @@
 """T-PPO's claim: windows of unfinished responses teach more in the time of decoding."""
 
+import random as chance
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,14 +12,25 @@ from torch import Tensor
 
 from postgrad.advantages.group import batch_standardised
 from postgrad.advantages.temporal import egae, token_advantages
+from postgrad.claims.addition_warm_up import untrained
 from postgrad.claims.base import Claim, Finding, Outcome
+from postgrad.claims.stepping import train_in_steps
+from postgrad.models.cache import cached_folder
+from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.objectives.policy_gradient import clipped_surrogate, importance_ratio
+from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.seeding import generator
+from postgrad.tasks.formats import Row
 
 LONGEST, WINDOW, ACTIONS, SLOTS = 24, 6, 4, 64
 DECODED = 60 * LONGEST  # steps of decoding, one token in every slot
 START, LAMBDA, CRITIC_RATE = 0.85, 0.95, 0.3
-METRIC, BIAS = "success over training", "bias of advantages"
+METRIC, BIAS, REAL = "success over training", "bias of advantages", "accuracy of the language model"
+
+# the language model: digits are answered by as many digits
+DIGITS, ROOM, REAL_WINDOW, REAL_SLOTS = 14, 15, 5, 64
+REAL_DECODED, CRITIC_ALONE = 40 * ROOM, 4 * ROOM
+REAL_TESTED, DEMONSTRATIONS, CORRUPTION, TARGET = 1000, 20_000, 0.3, 0.5
 
 # learning rates: see the notes
 ARMS: dict[str, dict[str, Any]] = {
@@ -24,6 +39,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "windows, nothing follows": {"learning_rate": 0.3, "window": WINDOW, "ends": "nothing"},
     "windows, unfinished dropped": {"learning_rate": 1.0, "window": WINDOW, "ends": "dropped"},
 }
+
+
+REAL_WINDOWS = {"T-PPO": REAL_WINDOW, "PPO": ROOM}
+REAL_RATE = 3e-4
 
 
 @dataclass
@@ -95,8 +114,13 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     }
     if settings["window"] == WINDOW and settings["ends"] != "dropped":
         values[BIAS] = advantage_bias(settings["ends"], seed, 400 if quick else 20_000)
-    thinned = curve[:: max(1, len(curve) // 60)]
-    return Outcome(values, {"success over decoding steps": thinned})
+    curves = {"success over decoding steps": curve[:: max(1, len(curve) // 60)]}
+    if arm in REAL_WINDOWS:
+        path = language_model(REAL_WINDOWS[arm], seed, quick)
+        values["accuracy of the language model before"] = path[0][1]
+        values[REAL] = path[-1][1]
+        curves["accuracy over decoding steps"] = path
+    return Outcome(values, curves)
 
 
 def success(logits: Tensor) -> float:
@@ -194,6 +218,100 @@ def advantage_bias(ends: str, seed: int, count: int) -> float:
     return float(found.mean(0).abs().mean())
 
 
+# A language model ------------------------------------------------------------------------------
+
+
+def language_model(window: int, seed: int, quick: bool) -> list[tuple[float, float]]:
+    """Train the method itself; greedy accuracy on unseen rows over steps of decoding."""
+    policy = untrained(seed) if quick else warmed_up(seed)
+    steps = (2 * ROOM if quick else REAL_DECODED) // window
+    test = successors("test", 50 if quick else REAL_TESTED)
+    path = [(0.0, accuracy(policy, test))]
+    training = train_in_steps(
+        "t-ppo",
+        seed,
+        {
+            "model": policy,
+            "data": successors(f"train {seed}", REAL_SLOTS * (REAL_DECODED // REAL_WINDOW)),
+            "reward": matches,
+        },
+        steps=steps,
+        window=window,
+        batch_size=REAL_SLOTS,
+        rollout={"max_new_tokens": ROOM},
+        critic_warm_up=0 if quick else CRITIC_ALONE // window,
+        minibatches=2,
+        learning_rate=REAL_RATE,
+        critic_rate=3.0,
+    )
+    every = max(1, steps // 6)
+    for step, _ in training:
+        if step % every == 0 and step < steps:
+            path.append((float(step * window), accuracy(policy, test[:200])))
+    return [*path, (float(steps * window), accuracy(policy, test))]
+
+
+def successors(stream: str, count: int, corruption: float = 0.0) -> list[Row]:
+    """Prompts of 1 to 14 digits, answered by the digit after each of them (0 after 9)."""
+    rows = []
+    for number in range(count):
+        random = chance.Random(f"successors {stream} {number}")
+        digits = [random.randrange(10) for _ in range(random.randint(1, DIGITS))]
+        shown = [(digit + 1) % 10 for digit in digits]
+        answer = "".join(map(str, shown))
+        if random.random() < corruption:
+            shown[random.randrange(len(shown))] = random.randrange(10)
+        prompt = "".join(map(str, digits)).ljust(DIGITS) + "="
+        rows.append({"prompt": prompt, "answer": answer, "completion": "".join(map(str, shown))})
+    return rows
+
+
+def matches(completions: list[str], answer: list[str]) -> list[float]:
+    """1 for the answer, else 0."""
+    return [float(said == right) for said, right in zip(completions, answer, strict=True)]
+
+
+def accuracy(policy: LanguagePolicy, rows: list[Row]) -> float:
+    """The share of rows that the likeliest response answers."""
+    greedy = SamplingSettings(max_new_tokens=ROOM, temperature=0.0)
+    prompts = [policy.render(row["prompt"]) for row in rows]
+    texts = generate(policy, prompts, greedy, seeds=[0] * len(prompts)).texts
+    return sum(matches(texts, [row["answer"] for row in rows])) / len(rows)
+
+
+def warmed_up(seed: int) -> LanguagePolicy:
+    """A small GPT-2 after supervised training on rows of which a share is corrupted.
+
+    It ends at the first check at which `TARGET` of a validation stream is solved.
+    """
+    key = {
+        "seed": seed,
+        "recipe": [DIGITS, DEMONSTRATIONS, CORRUPTION, TARGET],
+        "versions": [version("postgrad"), version("torch")],
+    }
+    return load_policy(str(cached_folder("successors", key, partial(_warm_up, seed))))
+
+
+def _warm_up(seed: int, folder: Path) -> None:
+    policy = untrained(seed)
+    check = successors(f"check {seed}", 300)
+    data = successors(f"warm-up {seed}", DEMONSTRATIONS, CORRUPTION)
+    for step, _ in train_in_steps(
+        "sft",
+        seed,
+        {"model": policy, "data": data},
+        steps=1200,
+        batch_size=64,
+        learning_rate=3e-3,
+        schedule="constant",
+        max_response_tokens=ROOM,
+        clip_norm=0,
+    ):
+        if step >= 50 and step % 10 == 0 and accuracy(policy, check) >= TARGET:
+            break
+    policy.save(folder)
+
+
 CLAIM = Claim(
     slug="t-ppo",
     statement="In the same number of decoding steps, learning from windows of responses that go on "
@@ -221,6 +339,13 @@ CLAIM = Claim(
             "T-PPO",
             "windows, nothing follows",
             higher_is_better=False,
+        ),
+        Finding(
+            "A small language model whose answers have 1 to 14 digits solves more after as many "
+            "steps of decoding",
+            REAL,
+            "T-PPO",
+            "PPO",
         ),
         Finding(
             "It learns more than dropping what is unfinished",

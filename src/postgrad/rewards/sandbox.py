@@ -6,7 +6,8 @@ empty environment and none of this process's open files. How it is kept from eve
 - `namespaces`: Linux namespaces put up by this library. There is no network, no other process and
   no file but Python's own, read-only, and an empty `/tmp` in memory that ends with the run. A
   filter refuses the system calls that start processes or programs, reach the network or are rarely
-  needed doors into the kernel. Where this process is root, the code runs as nobody.
+  needed doors into the kernel. Where this process is root, the code runs as nobody (but in a
+  container whose root may not do that: there it stays root without any capability).
 - `bubblewrap`: the same, with the namespaces put up by the program `bwrap`.
 - `process`: weaker, for where neither is available, and only if asked for. The same limits and
   filter, in a temporary folder. Linux's Landlock, where the kernel has it, refuses the contents of
@@ -45,6 +46,7 @@ from postgrad.rewards.confined.server import START
 
 STRONG = ("namespaces", "bubblewrap")
 ISOLATIONS = (*STRONG, "process")
+_LONGEST_START = 60.0  # seconds until a sandbox stands, on however busy a machine
 _LONGEST_ANSWER = 1 << 20  # bytes of a message from a sandbox
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
@@ -151,7 +153,8 @@ class Sandbox:
 
     def interpreter(self) -> "Interpreter":
         """A process in which the snippets of a conversation run one after another."""
-        return Interpreter(self.isolation, self.limits)
+        with self._server() as server:
+            return Interpreter(self.isolation, self.limits, server.another())
 
     def map(self, function: Callable[[_Item], _Found], items: Sequence[_Item]) -> list[_Found]:
         """`function` of every item, as many at a time as this sandbox runs in parallel."""
@@ -187,16 +190,27 @@ class Interpreter:
 
     `limits.wall` is the time of each snippet: one that takes longer is interrupted, and where it
     resists that the interpreter ends. `limits.cpu` does not apply. The value of a snippet's last
-    expression is printed, as at Python's prompt.
+    expression is printed, as at Python's prompt. How a snippet ended is its own word: it may lie
+    about an error, but about nothing outside.
     """
 
     _GRACE = 1.0  # seconds that an interrupted snippet has to end
 
-    def __init__(self, isolation: str | None = None, limits: Limits | None = None):
+    def __init__(
+        self,
+        isolation: str | None = None,
+        limits: Limits | None = None,
+        server: "_Server | None" = None,
+    ):
+        """`server` is closed with this interpreter; one of its own is started if not given."""
         given = limits or Limits()
         self.limits = Limits(None, given.wall, given.memory, given.disk, given.output)
-        self._server = _Server(choose(isolation))
-        self._run = self._server.begin("interpret", self.limits)
+        self._server = server or _Server(choose(isolation))
+        try:
+            self._run = self._server.begin("interpret", self.limits)
+        except BaseException:
+            self._server.close()
+            raise
         self._run.shut_input()
         self.alive = True
 
@@ -210,12 +224,11 @@ class Interpreter:
         """Run one more snippet; `ended` is the result's limit if there is no process any more."""
         if not self.alive:
             return Result("", "", 1, "ended")
-        start = time.monotonic()
-        start = time.monotonic()
         self._run.say([snippet, self.limits.wall])
+        start = time.monotonic()
         answer = self._run.hear(start + self.limits.wall + self._GRACE)
-        if answer is None:
-            result = self._run.stop("time")
+        if answer is None or not _is_report(answer):
+            result = self._run.stop("time" if answer is None else "output")
             self.close()
             return result
         output, errors = self._run.take()
@@ -232,12 +245,23 @@ class Interpreter:
 
 
 class _Server:
-    """A process that starts sandboxes, one at a time (see `confined.server`)."""
+    """A process that starts sandboxes, one at a time (see `confined.server`).
 
-    def __init__(self, isolation: str):
+    A fork of another server costs a hundredth of one that starts Python.
+    """
+
+    def __init__(self, isolation: str, fork_of: "_Server | None" = None):
         self.isolation = isolation
         self.connection, theirs = socket.socketpair()
+        self._process: subprocess.Popen[bytes] | None = None
         with theirs:
+            if fork_of is not None:
+                try:
+                    messages.send(fork_of.connection, {"task": "serve"}, [theirs.fileno()])
+                except messages.Closed:
+                    self.connection.close()
+                    raise fork_of.lost() from None
+                return
             options = ["-s", "-P", "-S", "-X", "utf8"]
             place = [str(Path(__file__).parent), str(theirs.fileno())]
             self._process = subprocess.Popen(
@@ -250,22 +274,34 @@ class _Server:
                 start_new_session=True,  # Ctrl-C is for the trainer, which may finish its step
                 cwd="/",
             )
+        try:
+            messages.receive(self.connection)  # no run waits for its imports
+        except messages.Closed:
+            raise self.lost() from None
 
     def begin(self, task: str, limits: Limits, partner: socket.socket | None = None) -> "_Run":
         """Start a sandbox; `partner` becomes its own, to talk to another one."""
         return _Run(self, task, limits, partner)
 
+    def another(self) -> "_Server":
+        """A server that is a fork of this one, which must not be at work."""
+        return _Server(self.isolation, self)
+
     def lost(self) -> PostgradError:
         """The error for a server that has ended by itself."""
         self.close()
-        assert self._process.stderr is not None
-        told = self._process.stderr.read().decode(errors="replace").split("\n")
+        stderr = self._process.stderr if self._process else None
+        told = stderr.read().decode(errors="replace").split("\n") if stderr else []
         reason = next((line for line in reversed(told) if line.strip()), "no reason given")
         return PostgradError(f"sandbox {self.isolation!r}: its server ended ({reason})")
 
     def close(self) -> None:
-        self.connection.close()
-        self._process.wait()
+        with self.connection, contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(1 << 16):  # until the server has gone
+                pass
+        if self._process is not None:
+            self._process.wait()
 
 
 class _Run:
@@ -275,6 +311,7 @@ class _Run:
         self._server = server
         self._limits = limits
         self._start = time.monotonic()
+        self._stands = False
         self._limit: str | None = None
         self._answer: dict[str, Any] | None = None  # the server's, when it has ended
         self._folder = tempfile.mkdtemp(prefix="postgrad-") if server.isolation == "process" else ""
@@ -283,14 +320,12 @@ class _Run:
         self._input, self._to_write = -1, b""
         self._read = {"output": bytearray(), "errors": bytearray(), "heard": bytearray()}
         self._files: dict[str, int] = {"heard": self._channel.fileno()}
-        if partner is None:
-            theirs, self._input = os.pipe()
-            self._files["output"], output = os.pipe()
-            self._files["errors"], errors = os.pipe()
-            given = [theirs, output, errors, channel.detach()]
-        else:
-            null = [os.open(os.devnull, os.O_RDWR) for _ in range(3)]
-            given = [*null, channel.detach(), partner.detach()]
+        theirs, self._input = os.pipe()
+        self._files["output"], output = os.pipe()
+        self._files["errors"], errors = os.pipe()
+        given = [theirs, output, errors, channel.detach()]
+        if partner is not None:
+            given.append(partner.detach())
         self._selector = selectors.DefaultSelector()
         for name, file in self._files.items():
             os.set_blocking(file, False)
@@ -311,6 +346,15 @@ class _Run:
             for file in given:
                 os.close(file)
 
+    def _wait_for_the_start(self) -> None:
+        """No walls, no run: what fails before the first word is not the program's fault."""
+        if self.hear(self._start + _LONGEST_START) != "started":
+            result = self.stop("time")
+            told = " ".join(result.errors.split())[-200:] or f"it ended with {result.exit}"
+            raise PostgradError(f"sandbox {self._server.isolation!r} did not start: {told}")
+        self._start = time.monotonic()
+        self._stands = True
+
     def __enter__(self) -> "_Run":
         return self
 
@@ -322,7 +366,12 @@ class _Run:
         return self._answer is not None
 
     def say(self, message: Any) -> None:
-        """Send a message; one that is not taken in time, or by nobody, is lost."""
+        """Send a message; one that is not taken in time, or by nobody, is lost.
+
+        Time counts from the first one on: before it, the walls are waited for.
+        """
+        if not self._stands:
+            self._wait_for_the_start()
         self._channel.settimeout(self._limits.wall)
         with contextlib.suppress(messages.Closed):
             messages.send(self._channel, message)
@@ -345,8 +394,6 @@ class _Run:
         """End the run, because of that limit unless it has ended by itself."""
         self._kill(limit)
         assert self._answer is not None
-        if self._answer["fault"]:
-            raise PostgradError(f"sandbox {self._server.isolation!r}: {self._answer['fault']}")
         code, (output, errors) = self._answer["exit"], self.take()
         if self._limit is None:
             self._limit = self._limit_of(code, errors)
@@ -366,9 +413,8 @@ class _Run:
         self._kill("time")
         self._selector.close()
         self._channel.close()
-        for name in ("output", "errors"):
-            if name in self._files:
-                os.close(self._files[name])
+        os.close(self._files["output"])
+        os.close(self._files["errors"])
         self.shut_input()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -464,6 +510,18 @@ class _Run:
             self._answer = messages.receive(self._server.connection)
         except messages.Closed:
             raise self._server.lost() from None
+        if self._answer["fault"]:
+            what = f"sandbox {self._server.isolation!r} did not start"
+            raise PostgradError(f"{what}: {self._answer['fault']}")
+
+
+def _is_report(answer: Any) -> bool:
+    """Whether a snippet's end is told as it should be: the snippet might have written it itself."""
+    return (
+        isinstance(answer, dict)
+        and isinstance(answer.get("exit"), int)
+        and answer.get("limit") in (None, "time")
+    )
 
 
 def _limit_in(errors: str) -> str | None:
@@ -521,7 +579,7 @@ def why_not(isolation: str) -> str | None:
             trial.say("import ctypes, math; print(6 * 7)")
             result = trial.finish()
     except (PostgradError, OSError) as error:
-        return str(error)
+        return str(error).removeprefix(f"sandbox {isolation!r} did not start: ")
     if result.output != "42\n":
         return " ".join(result.errors.split())[-200:] or f"a trial ended with {result.exit}"
     return None

@@ -76,7 +76,9 @@ def select_tokens(keys: Tensor, mask: Tensor, fraction: float, scope: Scope = "b
         raise ValueError(f"scope must be 'batch' or 'response', got {scope!r}")
     # padding comes last, after real tokens of key 0
     keys = torch.where(mask, keys.detach(), -torch.inf)
-    rows, there = (keys, mask) if scope == "response" else (keys.view(1, -1), mask.view(1, -1))
+    rows, there = (
+        (keys, mask) if scope == "response" else (keys.flatten()[None], mask.flatten()[None])
+    )
     counts = (fraction * there.sum(1)).round().clamp(min=1).long()
     rank = rows.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return ((rank < counts[:, None]) & there).view_as(mask)

@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import sys
-import time
 from typing import Any, NoReturn
 
 from . import messages, tasks, walls
@@ -48,6 +47,7 @@ def main() -> None:
     connection.set_inheritable(False)
     for name in _COMMON:
         importlib.import_module(name)
+    messages.send(connection, "ready")
     while True:
         files: list[int] = []
         try:
@@ -56,8 +56,10 @@ def main() -> None:
             return
         if not files:  # an order to end a run that came after its end
             continue
+        if job["task"] == "serve":
+            connection = _another(connection, files[0])
+            continue
         fault, told = os.pipe()
-        start = time.perf_counter()
         child = os.fork()
         if child == 0:
             connection.close()
@@ -68,11 +70,25 @@ def main() -> None:
         code, seconds = _end(child, connection)
         with open(fault, errors="replace") as reason:
             answer = {"exit": code, "cpu": seconds, "fault": reason.read(2000)}
-        answer["wall"] = time.perf_counter() - start
         try:
             messages.send(connection, answer)
         except messages.Closed:
             return
+
+
+def _another(connection: socket.socket, file: int) -> socket.socket:
+    """Fork a server for another connection; returns, in each of the two, the one that it serves."""
+    child = os.fork()
+    if child == 0:
+        if os.fork():
+            os._exit(0)  # so that the new server is not this one's to wait for
+        connection.close()
+        other = socket.socket(fileno=file)
+        other.set_inheritable(False)
+        return other
+    os.close(file)
+    os.waitpid(child, 0)
+    return connection
 
 
 def _end(child: int, connection: socket.socket) -> tuple[int, float]:
@@ -112,15 +128,20 @@ def _become(job: dict[str, Any], files: list[int], told: int) -> NoReturn:
             os.chdir(job["folder"])
             _run(job, told)
         os.set_inheritable(told, False)
+        job["real_root"] = walls.is_real_root()
         walls.die_with(os.getppid())
         if job["isolation"] == "bubblewrap":
             command = walls.bubblewrap(job, os.path.dirname(__file__), START)
             os.execv(command[0], command)
-        walls.separate(job["limits"]["disk"])
+        walls.separate(job["limits"]["disk"], real_root=job["real_root"])
         _first_process(job, told)
     except BaseException as error:  # noqa: BLE001
-        os.write(told, f"{error}".encode())
+        os.write(told, _in_words(error))
     os._exit(125)
+
+
+def _in_words(error: BaseException) -> bytes:
+    return str(getattr(error, "strerror", None) or error).encode(errors="replace")
 
 
 def _only_these_open(files: list[int]) -> int:
@@ -157,16 +178,16 @@ def _run(job: dict[str, Any], told: int | None = None) -> NoReturn:
         walls.restrict(job["limits"])
         alone = job["isolation"] == "process"
         if sys.platform == "linux":
-            walls.give_up_privileges(become_nobody=not alone)
+            walls.give_up_privileges(become_nobody=not alone and job["real_root"])
         if walls.can_filter():
             if alone:
                 walls.files_only_in(job["folder"])
-            walls.filter_calls(also_changes=alone)
+            walls.filter_calls(also_changes=job["isolation"] != "namespaces")
         sys.path.insert(0, os.getcwd())
         if told is not None:
             os.close(told)
     except BaseException as error:  # noqa: BLE001
-        os.write(2 if told is None else told, f"{error}".encode())
+        os.write(2 if told is None else told, _in_words(error))
         os._exit(125)
     try:
         tasks.TASKS[job["task"]]()

@@ -24,7 +24,7 @@ _AS_TREE = 0x400
 
 def run() -> NoReturn:
     """Run a program as Python would, and end with its exit status."""
-    with socket.socket(fileno=_HOST) as host:
+    with _host() as host:
         program = messages.receive(host)
     names = _fresh_names("__main__")
     try:
@@ -37,7 +37,7 @@ def run() -> NoReturn:
 
 def interpret() -> None:
     """Run one snippet after another with the same variables; a last expression is shown."""
-    host = socket.socket(fileno=_HOST)
+    host = _host()
     names = _fresh_names("__main__")
     signal.signal(signal.SIGALRM, _interrupt)
     while True:
@@ -71,7 +71,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def tested() -> None:
     """The half of a test that is tested: run the program, then answer the other half."""
-    with socket.socket(fileno=_HOST) as host:
+    _fall_silent()
+    with _host() as host:
         program = messages.receive(host)
     names = _fresh_names("program")  # so that what runs as __main__ only does not
     side = remote.Side(socket.socket(fileno=_PARTNER), names)
@@ -87,7 +88,8 @@ def judge() -> None:
 
     `setup` is run here before the tests: helpers of the tests are not the program's to change.
     """
-    host = socket.socket(fileno=_HOST)
+    _fall_silent()
+    host = _host()
     job = messages.receive(host)
     side = remote.Side(socket.socket(fileno=_PARTNER))
     names = _fresh_names("tests")
@@ -113,6 +115,22 @@ def _names(code: CodeType) -> set[str]:
     """Every name that the code, or a function in it, looks up."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*map(_names, inner))
+
+
+def _host() -> socket.socket:
+    """The socket to the trainer's process, which is told that the walls stand."""
+    host = socket.socket(fileno=_HOST)
+    messages.send(host, "started")
+    return host
+
+
+def _fall_silent() -> None:
+    """Read nothing and write nowhere from here on."""
+    # this side's own device: one opened outside could be changed, by its owner, for all
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for file in (0, 1, 2):
+        os.dup2(nothing, file)
+    os.close(nothing)
 
 
 def _fresh_names(module: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ _READ_ONLY, _NO_SUID, _NO_DEVICES, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = (
     1, 2, 4, 32, 4096, 16384, 1 << 18,
 )  # fmt: skip
 _DETACH = 2
+_CAPABILITY_HEADER = struct.pack("Ii", 0x20080522, 0)
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _MOUNT_SETATTR, _LANDLOCK = 442, 444  # the same on both
 
@@ -59,7 +60,7 @@ def _check(returned: int, what: str) -> int:
 def readable() -> list[str]:
     """The files and folders that Python and its libraries need, as they are named here."""
     own = [os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(os.__file__))]
-    found = [*own, *(path for path in sys.path if os.path.isdir(path)), *_SYSTEM]
+    found = [*own, *sys.path, *_SYSTEM]
     # a folder within another one is there with it
     there = sorted({os.path.normpath(path) for path in found if os.path.lexists(path)})
     return [path for path in there if not _within(path, there)]
@@ -73,7 +74,22 @@ def devices() -> list[str]:
     return [device for device in _DEVICES if os.path.exists(device)]
 
 
-def separate(size: int) -> None:
+def is_real_root() -> bool:
+    """Whether this process may make namespaces without one for users.
+
+    Root of a container usually may not; inside it then stays who it is, without any power.
+    """
+    return os.getuid() == 0 and bool(_capabilities()[0] & 1 << 21)
+
+
+def _capabilities() -> tuple[int, ...]:
+    """Effective, permitted and inheritable capabilities, in two parts."""
+    found = ctypes.create_string_buffer(24)
+    _check(_library().capget(_CAPABILITY_HEADER, found), "capget")
+    return struct.unpack("6I", found.raw)
+
+
+def separate(size: int, *, real_root: bool) -> None:
     """Move this process into namespaces of its own; its children see a new root.
 
     There are the interpreter's files, read-only, and an empty folder in memory of `size` bytes; no
@@ -82,12 +98,8 @@ def separate(size: int) -> None:
     library = _library()
     spaces = _NEW_MOUNTS | _NEW_CGROUP | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET
     user, group = os.getuid(), os.getgid()
-    if (
-        user != 0
-    ):  # root needs no user namespace, and becomes nobody afterwards (`give_up_privileges`)
-        spaces |= _NEW_USER
-    _check(library.unshare(spaces), "namespaces")
-    if user != 0:
+    _check(library.unshare(spaces if real_root else spaces | _NEW_USER), "namespaces")
+    if not real_root:
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{user} {user} 1"),
@@ -114,6 +126,8 @@ def _new_root(library: Any, size: int) -> None:
     pivot = _PIVOT_ROOT[platform.machine()]
     _check(library.syscall(pivot, b"/tmp", b"/tmp/old"), "pivot_root")
     os.chdir("/")
+    os.mkdir(FOLDER)
+    mount("tmpfs", FOLDER, "tmpfs", safe, f"size={size},nr_inodes=4096,mode=1777")
     # only now is a source below /tmp uncovered again
     for path in shown:
         source = f"/old{path}"
@@ -126,12 +140,9 @@ def _new_root(library: Any, size: int) -> None:
         else:
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
         mount(source, path, None, _BIND | _RECURSIVE)
-        if path not in _DEVICES:
-            _read_only(library, path)
+        _read_only(library, path)  # a device can be written to all the same
     _check(library.umount2(b"/old", _DETACH), "umount")
     os.rmdir("/old")
-    os.makedirs(FOLDER, exist_ok=True)
-    mount("tmpfs", FOLDER, "tmpfs", safe, f"size={size},nr_inodes=4096,mode=1777")
     mount("none", "/", None, _REMOUNT | _BIND | _READ_ONLY | safe)
     os.chdir(FOLDER)
 
@@ -170,19 +181,18 @@ def restrict(limits: dict[str, Any]) -> None:
 def give_up_privileges(*, become_nobody: bool) -> None:
     """Give up every power over the kernel, those in an own user namespace too; for good.
 
-    Root also becomes nobody, if asked to: it owns too many files.
+    Real root also becomes nobody: it owns too many files.
     """
     library = _library()
     library.prctl(47, 4, 0, 0, 0)  # ambient: clear all
     capability = 0
     while library.prctl(24, capability, 0, 0, 0) == 0:  # the bounding set
         capability += 1
-    if become_nobody and os.getuid() == 0:
+    if become_nobody:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    header = struct.pack("Ii", 0x20080522, 0)
-    _check(library.capset(header, bytes(24)), "capset")
+    _check(library.capset(_CAPABILITY_HEADER, bytes(24)), "capset")
 
 
 def die_with(parent: int) -> None:
@@ -264,7 +274,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "nfsservctl": (180, 42), "vhangup": (153, 58), "uselib": (134, None), "ustat": (136, None),
     "sysfs": (139, None), "fanotify_init": (300, 262), "fanotify_mark": (301, 263),
 }  # fmt: skip
-# Landlock does not know these, which change files by name; refused where it stands alone.
+# Changes of files that Landlock does not know, nor bubblewrap for devices; refused with either.
 _CHANGES: dict[str, tuple[int | None, int | None]] = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "truncate": (76, 45),
@@ -344,33 +354,23 @@ def bubblewrap(job: dict[str, Any], modules: str, start: str) -> list[str]:
         *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
         *("--unshare-cgroup-try", "--new-session", "--die-with-parent", "--cap-drop", "ALL"),
     ]
-    if os.getuid() == 0:  # to become nobody, and to give up the rest
+    if job["real_root"]:  # to become nobody, and to give up the rest
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
             command += ["--cap-add", capability]
     else:
         command += ["--unshare-user"]
+    command += ["--perms", "1777", "--size", str(job["limits"]["disk"]), "--tmpfs", FOLDER]
     python = os.path.realpath(sys.executable)
     shown = [*readable(), *devices(), *([python] if not _within(python, readable()) else [])]
     above = {str(folder) for path in shown for folder in PurePath(path).parents[:-1]}
-    for folder in sorted(above):
+    for folder in sorted({*above, "/code"} - {FOLDER}):
         command += ["--perms", "0755", "--dir", folder]
     for path in shown:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--dev-bind" if path in _DEVICES else "--ro-bind", path, path]
-    command += ["--perms", "0755", "--dir", "/code"]
-    command += ["--ro-bind", modules, f"/code/{os.path.basename(modules)}"]
-    command += ["--perms", "1777", "--size", str(job["limits"]["disk"]), "--tmpfs", FOLDER]
-    command += [
-        "--remount-ro",
-        "/",
-        "--chdir",
-        FOLDER,
-        "--clearenv",
-        "--setenv",
-        "PYTHONHASHSEED",
-        "0",
-    ]
-    command += ["--", python, "-s", "-P", "-S", "-X", "utf8", "-c", start, "/code"]
-    return [*command, "inside", json.dumps(job)]
+    command += ["--ro-bind", modules, f"/code/{os.path.basename(modules)}", "--remount-ro", "/"]
+    command += ["--chdir", FOLDER, "--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--", python]
+    command += ["-s", "-P", "-S", "-X", "utf8", "-c", start, "/code", "inside", json.dumps(job)]
+    return command

@@ -194,8 +194,10 @@ class CLPO(SolvingPolicyGradient):
         texts: list[str | None] = [None] * len(problems)
         if fits:
             settings = {
-                "max_new_tokens": config.rewrite_tokens, "temperature": config.rewrite_temperature
-            }  # fmt: skip
+                "max_new_tokens": config.rewrite_tokens,
+                "temperature": config.rewrite_temperature,
+                "stop": [],
+            }
             drawn = draw_responses(
                 self.policy,
                 [asked[i] for i in fits],
@@ -219,7 +221,7 @@ class CLPO(SolvingPolicyGradient):
         }
         returned = rewriter.call(available, self.config.reward_time_limit)
         texts = expect_list(returned, len(problems), rewriter.title, "texts")
-        return [None if text is None else extract_rewrite(str(text)) for text in texts]
+        return [text if isinstance(text, str) and text.strip() else None for text in texts]
 
     def selected(self, batch: Batch) -> Batch:
         """The groups of which some responses are right and some are not, with their KL's scale."""
