@@ -17,22 +17,22 @@ from postgrad.tasks.formats import Row
 METRIC, ACCURACY, RECORD = "length of correct answers", "accuracy", "mean record"
 FILLER, MOST, BUDGET = ".", 12, 8
 ROWS, PROMPTS, SAMPLES, EPOCHS, DIGITS = 64, 16, 8, 30, 2
-TARGET, TESTED = 0.7, 500
+TARGET, TESTED = 0.6, 500
 
 
 def _fill(digits: str, chance: random.Random) -> str:
-    return FILLER * chance.randint(0, MOST) + digits
+    return digits + FILLER * chance.randint(0, MOST)
 
 
 def _read(text: str) -> str:
-    return text.lstrip(FILLER)
+    return text.rstrip(FILLER)
 
 
-FORM = Form("after dots", _fill, _read, tokens=MOST + 6, digits=DIGITS)
+FORM = Form("before dots", _fill, _read, tokens=MOST + 6, digits=DIGITS)
 
 
 def solved(completions: list[str], answer: list[str]) -> list[float]:
-    """1 where the digits after the dots are the answer."""
+    """1 where the digits before the dots are the answer."""
     return [float(_read(text) == true) for text, true in zip(completions, answer, strict=True)]
 
 
@@ -128,10 +128,11 @@ CLAIM = Claim(
     slug="hapo",
     statement="Rewarded against the shortest correct answer that each prompt has had, correct "
     "answers become shorter than under GRPO on correctness alone.",
-    task=f"addition after 0 to {MOST} dots, which a small transformer has learnt to write at "
-    f"random before the four digits of the sum; {EPOCHS} passes over {ROWS} sums of {DIGITS} "
-    f"digits, {PROMPTS} a step with {SAMPLES} samples; tokens of correct samples for {TESTED} new "
-    "sums (5 is the least), and how many are correct",
+    task=f"addition with 0 to {MOST} dots after the four digits of the sum, which a small "
+    "transformer has learnt to write at random and which say nothing; "
+    f"{EPOCHS} passes over {ROWS} sums of {DIGITS} digits, {PROMPTS} a step with {SAMPLES} "
+    f"samples; tokens of correct samples for {TESTED} new sums (5 is the least), and how many are "
+    "correct",
     metric=METRIC,
     higher_is_better=False,
     method="HAPO",
