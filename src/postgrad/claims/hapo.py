@@ -16,7 +16,7 @@ from postgrad.tasks.formats import Row
 
 METRIC, ACCURACY, RECORD = "length of correct answers", "accuracy", "mean record"
 FILLER, MOST, BUDGET = ".", 12, 8
-ROWS, PROMPTS, SAMPLES, EPOCHS, DIGITS = 64, 16, 8, 30, 2
+ROWS, PROMPTS, SAMPLES, EPOCHS, DIGITS = 64, 16, 8, 10, 2
 TARGET, TESTED = 0.6, 500
 
 
@@ -54,7 +54,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    own = {"reward": solved, **ARMS[arm]}
+    own = {"reward": solved, "learning_rate": 3e-4, **ARMS[arm]}
     slug, reward = own.pop("slug"), own.pop("reward")
     epochs, tested = (1, 50) if quick else (EPOCHS, TESTED)
     policy = untrained(seed) if quick else warmed_up(seed, TARGET, FORM)
@@ -83,7 +83,6 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         steps=epochs * ROWS // PROMPTS,
         batch_size=PROMPTS,
         rollout={"samples": SAMPLES, "max_new_tokens": FORM.tokens, "temperature": 1.0},
-        learning_rate=3e-4,
         kl_coefficient=0.0,
         **own,
     ):
@@ -154,7 +153,12 @@ CLAIM = Claim(
             "HAPO, mean",
             higher_is_better=False,
         ),
-        Finding("It costs accuracy", ACCURACY, "GRPO", "HAPO"),
+        Finding("GRPO solves more of them", ACCURACY, "GRPO", "HAPO"),
     ),
-    notes="",
+    notes="Learning rates 1e-4 and 3e-4 were tried for HAPO and GRPO on seed 100, with other sums "
+    "than those reported; 3e-4 gave both the higher reward on the sums trained on. There the length "
+    "was 5.0 under HAPO and 6.0 under GRPO, at 1e-4 5.3 and 10.3: GRPO shortens answers too, though "
+    "nothing rewards it, and later. The dots come after the sum where the paper's models think "
+    "before they answer: a model of this size does not soon learn to add at places that vary. No "
+    "arm has a KL to the initial policy.",
 )
