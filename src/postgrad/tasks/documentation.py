@@ -102,7 +102,12 @@ def _questions() -> tuple[Row, ...]:
     def ask(found: _Documented, question: str, *answer: str) -> None:
         prompt = f"{INSTRUCTION}{question}"
         rows.append(
-            {"prompt": prompt, "answer": list(answer), "module": found.module, "about": found.path}
+            {
+                "prompt": prompt,
+                "answer": list(dict.fromkeys(answer)),
+                "module": found.module,
+                "about": found.path,
+            }
         )
 
     for found in objects:
