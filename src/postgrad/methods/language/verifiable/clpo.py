@@ -102,6 +102,7 @@ class CLPO(SolvingPolicyGradient):
     """
 
     Config = CLPOSettings
+    several_turns = False
     recipe = {**SolvingPolicyGradient.recipe, "warmup_steps": 10}
     config: CLPOSettings
 

@@ -78,6 +78,7 @@ class GHPO(SolvingPolicyGradient):
     """
 
     Config = GHPOSettings
+    several_turns = False
     config: GHPOSettings
 
     def __init__(
