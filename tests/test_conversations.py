@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from language_runs import SMALL, assert_resumes, write_rows
+from postgrad.api import train
 from postgrad.config import validated
+from postgrad.errors import PostgradError
 from postgrad.methods.agents.tools import ToolChoice, calculated, made_tool
 from postgrad.methods.base import Place
 from postgrad.methods.language.verifiable.grpo import GRPO
@@ -178,6 +180,14 @@ def test_any_method_can_call_and_learns_by_its_own_tokens_alone():
     assert bool((gradient[replies] == 0).all())
     shown = method.samples(batch)[0]
     assert len(shown["advantages"]) == len(shown["tokens"])
+
+
+def test_methods_of_single_turns_refuse_a_tool(tmp_path):
+    for slug in ("ghpo", "clpo", "critique-grpo", "gcpo", "hpt", "spo-single-stream"):
+        with pytest.raises(PostgradError, match=r"tool: .* one turn: expected none, got 'calcul"):
+            train(
+                slug, data=ROWS, reward=digits, tool="calculator", steps=1, output=tmp_path, **SMALL
+            )
 
 
 def test_a_run_with_a_tool_resumes(tmp_path):

@@ -16,23 +16,23 @@ from postgrad.tasks.formats import Row
 
 METRIC, ACCURACY, RECORD = "length of correct answers", "accuracy", "mean record"
 FILLER, MOST, BUDGET = ".", 12, 8
-ROWS, PROMPTS, SAMPLES, EPOCHS, DIGITS = 64, 16, 8, 30, 2
-TARGET, TESTED = 0.7, 500
+ROWS, PROMPTS, SAMPLES, EPOCHS, DIGITS = 64, 16, 8, 10, 2
+TARGET, TESTED = 0.6, 500
 
 
 def _fill(digits: str, chance: random.Random) -> str:
-    return FILLER * chance.randint(0, MOST) + digits
+    return digits + FILLER * chance.randint(0, MOST)
 
 
 def _read(text: str) -> str:
-    return text.lstrip(FILLER)
+    return text.rstrip(FILLER)
 
 
-FORM = Form("after dots", _fill, _read, tokens=MOST + 6, digits=DIGITS)
+FORM = Form("before dots", _fill, _read, tokens=MOST + 6, digits=DIGITS)
 
 
 def solved(completions: list[str], answer: list[str]) -> list[float]:
-    """1 where the digits after the dots are the answer."""
+    """1 where the digits before the dots are the answer."""
     return [float(_read(text) == true) for text, true in zip(completions, answer, strict=True)]
 
 
@@ -54,7 +54,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    own = {"reward": solved, **ARMS[arm]}
+    own = {"reward": solved, "learning_rate": 3e-4, **ARMS[arm]}
     slug, reward = own.pop("slug"), own.pop("reward")
     epochs, tested = (1, 50) if quick else (EPOCHS, TESTED)
     policy = untrained(seed) if quick else warmed_up(seed, TARGET, FORM)
@@ -83,7 +83,6 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         steps=epochs * ROWS // PROMPTS,
         batch_size=PROMPTS,
         rollout={"samples": SAMPLES, "max_new_tokens": FORM.tokens, "temperature": 1.0},
-        learning_rate=3e-4,
         kl_coefficient=0.0,
         **own,
     ):
@@ -128,10 +127,11 @@ CLAIM = Claim(
     slug="hapo",
     statement="Rewarded against the shortest correct answer that each prompt has had, correct "
     "answers become shorter than under GRPO on correctness alone.",
-    task=f"addition after 0 to {MOST} dots, which a small transformer has learnt to write at "
-    f"random before the four digits of the sum; {EPOCHS} passes over {ROWS} sums of {DIGITS} "
-    f"digits, {PROMPTS} a step with {SAMPLES} samples; tokens of correct samples for {TESTED} new "
-    "sums (5 is the least), and how many are correct",
+    task=f"addition with 0 to {MOST} dots after the four digits of the sum, which a small "
+    "transformer has learnt to write at random and which say nothing; "
+    f"{EPOCHS} passes over {ROWS} sums of {DIGITS} digits, {PROMPTS} a step with {SAMPLES} "
+    f"samples; tokens of correct samples for {TESTED} new sums (5 is the least), and how many are "
+    "correct",
     metric=METRIC,
     higher_is_better=False,
     method="HAPO",
@@ -153,7 +153,12 @@ CLAIM = Claim(
             "HAPO, mean",
             higher_is_better=False,
         ),
-        Finding("It costs accuracy", ACCURACY, "GRPO", "HAPO"),
+        Finding("GRPO solves more of them", ACCURACY, "GRPO", "HAPO"),
     ),
-    notes="",
+    notes="Learning rates 1e-4 and 3e-4 were tried for HAPO and GRPO on seed 100, with other sums "
+    "than those reported; 3e-4 gave both the higher reward on the sums trained on. There the "
+    "length was 5.0 under HAPO and 6.0 under GRPO, at 1e-4 5.3 and 10.3: GRPO shortens "
+    "answers too, though nothing rewards it, and later. The dots come after the sum where the "
+    "paper's models think before they answer: a model of this size does not soon learn to add "
+    "at places that vary. No arm has a KL to the initial policy.",
 )

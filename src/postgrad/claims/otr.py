@@ -25,9 +25,9 @@ _ROWS, _FIRST_STEPS, _FIRST_RATE = 8000, 200, 2e-3
 # learning rates: see the notes
 DFT = {"exact": True, "kappa": 1.0, "beta": 0.0, "aggregation": "token-mean"}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "SFT": ("sft", {"learning_rate": 3e-4}),
-    "DFT": ("otr", {"learning_rate": 3e-4, **DFT}),
-    "OTR": ("otr", {"learning_rate": 3e-4, "candidates": 64}),
+    "SFT": ("sft", {"learning_rate": 3e-5}),
+    "DFT": ("otr", {"learning_rate": 3e-5, **DFT}),
+    "OTR": ("otr", {"learning_rate": 3e-5, "candidates": 64}),
 }
 
 
@@ -130,5 +130,12 @@ CLAIM = Claim(
         Finding("OTR keeps more of the old task.", "accuracy on the old task", "OTR", "SFT"),
         Finding("OTR learns as much of the new task.", "accuracy on the new task", "OTR", "SFT"),
     ),
-    notes="",
+    notes="Of the learning rates 3e-5, 1e-4, 3e-4, 1e-3 and 3e-3 the first was best by the metric "
+    "for every arm on seed 100, which is not reported (3e-5 and 1e-4: SFT 0.77 and 0.62, OTR 0.73 "
+    "and 0.57; larger ones, in part from an earlier start, leave little of the old task whatever "
+    "the method). There OTR forgot no less than SFT where it had learnt as much: at 1e-4 SFT "
+    "keeps 0.69 of the old task when it solves 0.76 of the new one, OTR 0.60 at 0.78. OTR and "
+    "dynamic fine-tuning (DFT) hardly differ. K is 64, a vocabulary of about a hundred tokens "
+    "needs no more; beta and kappa are the defaults. The first model is the warmed-up one after "
+    "200 steps on sums and differences, since OTR teaches nothing that the policy never says.",
 )

@@ -5,11 +5,11 @@ import operator
 import re
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from postgrad.config import Choice, Settings, setting
 from postgrad.errors import PostgradError
+from postgrad.methods.agents.calls import Calls
 from postgrad.rewards.sandbox import Interpreter, Limits, Sandbox
 from postgrad.sampling.conversations import Session
 
@@ -20,6 +20,8 @@ class ToolChoice(Choice):
         "none": "postgrad.methods.agents.tools:NoTool",
         "calculator": "postgrad.methods.agents.tools:Calculator",
         "python": "postgrad.methods.agents.tools:Python",
+        "lookup": "postgrad.methods.agents.tools:Lookup",
+        "search": "postgrad.methods.agents.search:Search",
     }
 
 
@@ -30,28 +32,6 @@ class NoTool:
 
     def __init__(self, config: Settings):
         del config
-
-
-@dataclass
-class Calls:
-    """A session in which what stands between two strings is answered by a function of it."""
-
-    opening: str
-    closing: str
-    answer: Callable[[str], str]
-    before: str = ""
-    after: str = ""
-    end: Callable[[], None] | None = None
-
-    def reply(self, turn: str) -> str | None:
-        asked = turn.rpartition(self.opening)[2] if self.opening in turn else None
-        if asked is None:
-            return None
-        return self.before + self.answer(asked.partition(self.closing)[0]) + self.after
-
-    def close(self) -> None:
-        if self.end is not None:
-            self.end()
 
 
 class CalculatorSettings(Settings):
@@ -105,6 +85,35 @@ def _value(node: ast.AST) -> float:
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:
         return _OPERATIONS[type(node.op)](_value(node.operand))
     raise ValueError(f"not arithmetic: {ast.dump(node)}")
+
+
+class LookupSettings(Settings):
+    opening: str = setting("[", "opens a call", min_length=1)
+    closing: str = setting("]", "closes a call", min_length=1)
+    column: str = setting("table", "of the data, with a table for each row", min_length=1)
+    missing: str = setting("?", "the answer where there is no such key")
+
+
+class Lookup:
+    """a table that comes with each row of data: `[key]` is answered by the key's value"""
+
+    Config = LookupSettings
+    parallel = 1
+
+    def __init__(self, config: LookupSettings):
+        self.stop: tuple[str, ...] = (config.closing,)
+        self._config = config
+
+    def session(self, row: Mapping[str, Any]) -> Session:
+        config, table = self._config, row.get(self._config.column)
+        if not isinstance(table, Mapping):
+            raise PostgradError(
+                f"tool.column: expected a table of keys and values in the column "
+                f"{config.column!r} of the data, found {type(table).__name__}"
+            )
+        return Calls(
+            config.opening, config.closing, lambda key: str(table.get(key, config.missing))
+        )
 
 
 class PythonSettings(Settings):

@@ -44,6 +44,7 @@ class AdvantageChoice(Choice):
         "copo": f"{_METHODS}.copo:Consistency",
         "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
         "early-call": f"{_AGENTS}.aspo:EarlyCall",
+        "turns": f"{_AGENTS}.turn_credit:Turns",
         "riskpo": f"{_METHODS}.riskpo:BundledRisk",
         "red-drop": f"{_METHODS}.rec:Dropped",
         "red-weight": f"{_METHODS}.rec:Weighted",

@@ -10,6 +10,7 @@ from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import FourParts, Metrics, Place
 from postgrad.methods.language.base import Given, RolloutSettings
+from postgrad.methods.language.parts.estimator import written
 from postgrad.methods.language.verifiable.policy_gradient import (
     PolicyGradient,
     RewardedPolicyGradientSettings,
@@ -141,15 +142,16 @@ class DisCO(PolicyGradient):
         """The whole batch with what does not add up over its parts: weights dJ/ds and the slope."""
         config, old = self.config, self.estimator.old_logprobs(batch, scores)
         logprobs = scores.logprobs.detach()
-        score = sequence_score(logprobs, old, scores.mask, config.score).requires_grad_()
+        mask = written(batch, scores)
+        score = sequence_score(logprobs, old, mask, config.score).requires_grad_()
         tau = None if config.negatives == "mean" else config.tau or TAU[config.score]
         with torch.enable_grad():
             objective = discriminative_objective(
                 score, batch.reward.to(score), batch.group.to(score.device), tau
             )
             (weights,) = torch.autograd.grad(objective, score)
-        divergence = old_divergence(logprobs, old, scores.mask, config.constraint)
-        mean = float(divergence.sum() / scores.mask.sum())
+        divergence = old_divergence(logprobs, old, mask, config.constraint)
+        mean = float(divergence.sum() / mask.sum())
         slope = hinge_coefficient(mean, config.delta, config.beta)
         return batch.with_fields(
             score_weights=weights.cpu(),
@@ -164,9 +166,10 @@ class DisCO(PolicyGradient):
         if "score_weights" not in batch:
             batch = self.measured(batch, scores)
         logprobs, old = scores.logprobs, self.estimator.old_logprobs(batch, scores)
-        score = sequence_score(logprobs, old, scores.mask, config.score)
+        mask = written(batch, scores)
+        score = sequence_score(logprobs, old, mask, config.score)
         objective = (batch.score_weights.to(score) * score).sum()
-        divergence = old_divergence(logprobs, old, scores.mask, config.constraint)
+        divergence = old_divergence(logprobs, old, mask, config.constraint)
         loss = -objective + float(batch.slope[0]) * divergence.sum() / batch.tokens
         metrics = {
             "objective": float(batch.objective[0]),
@@ -174,7 +177,7 @@ class DisCO(PolicyGradient):
             "penalty/slope": float(batch.slope[0]),
         }
         if scores.entropies is not None:
-            entropy = scores.entropies.sum() / batch.tokens
+            entropy = torch.where(mask, scores.entropies, 0.0).sum() / batch.tokens
             loss = loss - config.entropy_coefficient * entropy
-            metrics["entropy"] = float(scores.entropies.detach()[scores.mask].mean())
+            metrics["entropy"] = float(scores.entropies.detach()[mask].mean())
         return loss, metrics

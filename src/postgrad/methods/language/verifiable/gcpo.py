@@ -88,6 +88,7 @@ class GCPO(PolicyGradient):
     """
 
     Config = GCPOSettings
+    several_turns = False
     config: GCPOSettings
 
     def __init__(

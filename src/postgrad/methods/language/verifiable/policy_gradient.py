@@ -8,6 +8,7 @@ from torch import Tensor
 
 from postgrad.batch import Batch
 from postgrad.config import setting
+from postgrad.errors import PostgradError
 from postgrad.methods.agents.tools import ToolChoice, made_tool
 from postgrad.methods.base import Metrics, Place
 from postgrad.methods.language.base import Given, render_prompts
@@ -62,6 +63,7 @@ class PolicyGradient(SampledPolicyGradient):
     Config = RewardedPolicyGradientSettings
     recipe = {"precision": "auto", "learning_rate": 1e-6, "steps": 100}
     data_format: ClassVar[str | tuple[str, ...]] = "prompts"
+    several_turns: ClassVar[bool] = True  # whether responses may have a tool in them
     config: RewardedPolicyGradientSettings
 
     def __init__(
@@ -72,6 +74,11 @@ class PolicyGradient(SampledPolicyGradient):
         reward: Any = None,
         **given: Unpack[Given],
     ):
+        if config.tool.name != "none" and not self.several_turns:
+            raise PostgradError(
+                f"tool: this method writes responses in one turn: expected none, got "
+                f"{config.tool.name!r}"
+            )
         super().__init__(config, place, self.data_format, given, held_out_formats="prompts")
         self.reward = TaskReward(config, self.data, reward)
         self.tool = made_tool(config.tool)

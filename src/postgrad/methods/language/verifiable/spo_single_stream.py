@@ -188,6 +188,7 @@ class SPO(PolicyGradient):
     """
 
     Config = SPOSettings
+    several_turns = False
     config: SPOSettings
 
     def __init__(
