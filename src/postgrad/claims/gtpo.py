@@ -104,8 +104,8 @@ def format_kept(policy: LanguagePolicy, test: list[Row]) -> float:
 
 CLAIM = Claim(
     slug="gtpo",
-    statement="From the same samples GTPO, which never lowers what good and bad responses share and "
-    "leaves out uncertain ones, learns more than GRPO.",
+    statement="From the same samples GTPO, which never lowers what good and bad responses share "
+    "and leaves out uncertain ones, learns more than GRPO.",
     task="addition with the answer in brackets, `<8110>`: a small transformer, warmed up until it "
     f"solves about half of the 3-digit sums; {STEPS} steps of {PROMPTS} prompts (a third "
     f"each of 1, 2 and 3 digits) with {SAMPLES} samples, 1 for the form and 1 for the sum; "
