@@ -40,7 +40,7 @@ CURVES = {
     "rewrite/rescued",
 }
 TOKENS = 3 * (MOST - 1)  # two digits and a line end or the end for each partial sum
-_STEPS, _BATCH, _RATE, _LONG_SHARE, _FORGOTTEN = 300, 96, 3e-3, 0.4, 0.7
+_STEPS, _BATCH, _RATE, _LONG_SHARE, _FORGOTTEN = 450, 96, 3e-3, 0.4, 0.6
 
 
 def row(chance: random.Random, terms: int) -> Row:
@@ -122,9 +122,9 @@ SKILLS = {"none": None, "refinement": refinement, "letters": about_letters}
 def warmed_up(seed: int, skill: str = "none") -> LanguagePolicy:
     """The policy that the claims start from; a cached function of its arguments.
 
-    With a `skill` half of what it learns from is that, for twice as many steps.
+    With a `skill` half of what it learns from is that, for half as many steps again.
     """
-    steps = _STEPS if skill == "none" else 2 * _STEPS
+    steps = _STEPS if skill == "none" else _STEPS * 3 // 2
     key = {
         "seed": seed,
         "skill": skill,
