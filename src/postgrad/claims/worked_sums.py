@@ -28,7 +28,7 @@ MOST = LONG[-1]
 LETTERS = "abcdefghij"
 # what the policy is asked a second time, in this world's few words
 REFINEMENT, REWRITE = "{prompt}{response}!{critique}=", "{prompt}~"
-STEPS, PROMPTS, SAMPLES, EVERY, TESTED = 60, 32, 8, 15, 1000
+STEPS, PROMPTS, SAMPLES, EVERY, TESTED = 75, 32, 8, 15, 1000
 CURVES = {
     "reward",
     "reward/degenerate_groups",
