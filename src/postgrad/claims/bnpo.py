@@ -111,5 +111,8 @@ CLAIM = Claim(
     "variance, exactly, for all a and b; GRPO's, Beta(3/2, 3/2), has it where a = b = 3/2. The "
     "area of a density fixes the scale of the gradient in one way among many: scaled to the same "
     "expected gradient no normaliser has less variance than none, by the inequality of Cauchy and "
-    "Schwarz, as the other exact value shows. TUNING_NOTE",
+    "Schwarz, as the other exact value shows. All arms have the learning rate that is best for "
+    "GRPO in its own claim, 3e-4 of 1e-4, 3e-4 and 1e-3; on seed 100, with other sums than those "
+    "reported, BNPO came to 0.88, the other two to 0.85, and the variation was 0.20, 0.21 (GRPO) "
+    "and 0.19 (mean baseline).",
 )

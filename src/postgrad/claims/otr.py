@@ -18,9 +18,9 @@ from postgrad.tasks.addition import Addition
 from postgrad.tasks.formats import Row
 
 METRIC = "mean accuracy of both tasks"
-STEPS, BATCH, EVERY, EVALUATED, TESTED = 150, 64, 30, 200, 1000
+STEPS, BATCH, EVERY, EVALUATED, TESTED = 150, 64, 15, 200, 1000
 CORRUPTION = 0.15  # share of demonstrations with a wrong digit
-_ROWS, _FIRST_STEPS, _FIRST_RATE = 4000, 150, 2e-3
+_ROWS, _FIRST_STEPS, _FIRST_RATE = 8000, 200, 2e-3
 
 # learning rates: see the notes
 DFT = {"exact": True, "kappa": 1.0, "beta": 0.0, "aggregation": "token-mean"}

@@ -6,7 +6,8 @@ empty environment and none of this process's open files. How it is kept from eve
 - `namespaces`: Linux namespaces put up by this library. There is no network, no other process and
   no file but Python's own, read-only, and an empty `/tmp` in memory that ends with the run. A
   filter refuses the system calls that start processes or programs, reach the network or are rarely
-  needed doors into the kernel. Where this process is root, the code runs as nobody.
+  needed doors into the kernel. Where this process is root, the code runs as nobody (but in a
+  container whose root may not do that: there it stays root without any capability).
 - `bubblewrap`: the same, with the namespaces put up by the program `bwrap`.
 - `process`: weaker, for where neither is available, and only if asked for. The same limits and
   filter, in a temporary folder. Linux's Landlock, where the kernel has it, refuses the contents of
@@ -152,7 +153,8 @@ class Sandbox:
 
     def interpreter(self) -> "Interpreter":
         """A process in which the snippets of a conversation run one after another."""
-        return Interpreter(self.isolation, self.limits)
+        with self._server() as server:
+            return Interpreter(self.isolation, self.limits, server.another())
 
     def map(self, function: Callable[[_Item], _Found], items: Sequence[_Item]) -> list[_Found]:
         """`function` of every item, as many at a time as this sandbox runs in parallel."""
@@ -194,11 +196,21 @@ class Interpreter:
 
     _GRACE = 1.0  # seconds that an interrupted snippet has to end
 
-    def __init__(self, isolation: str | None = None, limits: Limits | None = None):
+    def __init__(
+        self,
+        isolation: str | None = None,
+        limits: Limits | None = None,
+        server: "_Server | None" = None,
+    ):
+        """`server` is closed with this interpreter; one of its own is started if not given."""
         given = limits or Limits()
         self.limits = Limits(None, given.wall, given.memory, given.disk, given.output)
-        self._server = _Server(choose(isolation))
-        self._run = self._server.begin("interpret", self.limits)
+        self._server = server or _Server(choose(isolation))
+        try:
+            self._run = self._server.begin("interpret", self.limits)
+        except BaseException:
+            self._server.close()
+            raise
         self._run.shut_input()
         self.alive = True
 
@@ -233,12 +245,23 @@ class Interpreter:
 
 
 class _Server:
-    """A process that starts sandboxes, one at a time (see `confined.server`)."""
+    """A process that starts sandboxes, one at a time (see `confined.server`).
 
-    def __init__(self, isolation: str):
+    A fork of another server costs a hundredth of one that starts Python.
+    """
+
+    def __init__(self, isolation: str, fork_of: "_Server | None" = None):
         self.isolation = isolation
         self.connection, theirs = socket.socketpair()
+        self._process: subprocess.Popen[bytes] | None = None
         with theirs:
+            if fork_of is not None:
+                try:
+                    messages.send(fork_of.connection, {"task": "serve"}, [theirs.fileno()])
+                except messages.Closed:
+                    self.connection.close()
+                    raise fork_of.lost() from None
+                return
             options = ["-s", "-P", "-S", "-X", "utf8"]
             place = [str(Path(__file__).parent), str(theirs.fileno())]
             self._process = subprocess.Popen(
@@ -260,17 +283,25 @@ class _Server:
         """Start a sandbox; `partner` becomes its own, to talk to another one."""
         return _Run(self, task, limits, partner)
 
+    def another(self) -> "_Server":
+        """A server that is a fork of this one, which must not be at work."""
+        return _Server(self.isolation, self)
+
     def lost(self) -> PostgradError:
         """The error for a server that has ended by itself."""
         self.close()
-        assert self._process.stderr is not None
-        told = self._process.stderr.read().decode(errors="replace").split("\n")
+        stderr = self._process.stderr if self._process else None
+        told = stderr.read().decode(errors="replace").split("\n") if stderr else []
         reason = next((line for line in reversed(told) if line.strip()), "no reason given")
         return PostgradError(f"sandbox {self.isolation!r}: its server ended ({reason})")
 
     def close(self) -> None:
-        self.connection.close()
-        self._process.wait()
+        with self.connection, contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(1 << 16):  # until the server has gone
+                pass
+        if self._process is not None:
+            self._process.wait()
 
 
 class _Run:
@@ -289,14 +320,12 @@ class _Run:
         self._input, self._to_write = -1, b""
         self._read = {"output": bytearray(), "errors": bytearray(), "heard": bytearray()}
         self._files: dict[str, int] = {"heard": self._channel.fileno()}
-        if partner is None:
-            theirs, self._input = os.pipe()
-            self._files["output"], output = os.pipe()
-            self._files["errors"], errors = os.pipe()
-            given = [theirs, output, errors, channel.detach()]
-        else:
-            null = [os.open(os.devnull, os.O_RDWR) for _ in range(3)]
-            given = [*null, channel.detach(), partner.detach()]
+        theirs, self._input = os.pipe()
+        self._files["output"], output = os.pipe()
+        self._files["errors"], errors = os.pipe()
+        given = [theirs, output, errors, channel.detach()]
+        if partner is not None:
+            given.append(partner.detach())
         self._selector = selectors.DefaultSelector()
         for name, file in self._files.items():
             os.set_blocking(file, False)
@@ -384,9 +413,8 @@ class _Run:
         self._kill("time")
         self._selector.close()
         self._channel.close()
-        for name in ("output", "errors"):
-            if name in self._files:
-                os.close(self._files[name])
+        os.close(self._files["output"])
+        os.close(self._files["errors"])
         self.shut_input()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -56,6 +56,9 @@ def main() -> None:
             return
         if not files:  # an order to end a run that came after its end
             continue
+        if job["task"] == "serve":
+            connection = _another(connection, files[0])
+            continue
         fault, told = os.pipe()
         child = os.fork()
         if child == 0:
@@ -71,6 +74,21 @@ def main() -> None:
             messages.send(connection, answer)
         except messages.Closed:
             return
+
+
+def _another(connection: socket.socket, file: int) -> socket.socket:
+    """Fork a server for another connection; returns, in each of the two, the one that it serves."""
+    child = os.fork()
+    if child == 0:
+        if os.fork():
+            os._exit(0)  # so that the new server is not this one's to wait for
+        connection.close()
+        other = socket.socket(fileno=file)
+        other.set_inheritable(False)
+        return other
+    os.close(file)
+    os.waitpid(child, 0)
+    return connection
 
 
 def _end(child: int, connection: socket.socket) -> tuple[int, float]:
@@ -164,7 +182,7 @@ def _run(job: dict[str, Any], told: int | None = None) -> NoReturn:
         if walls.can_filter():
             if alone:
                 walls.files_only_in(job["folder"])
-            walls.filter_calls(also_changes=alone)
+            walls.filter_calls(also_changes=job["isolation"] != "namespaces")
         sys.path.insert(0, os.getcwd())
         if told is not None:
             os.close(told)

@@ -71,6 +71,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def tested() -> None:
     """The half of a test that is tested: run the program, then answer the other half."""
+    _fall_silent()
     with _host() as host:
         program = messages.receive(host)
     names = _fresh_names("program")  # so that what runs as __main__ only does not
@@ -87,6 +88,7 @@ def judge() -> None:
 
     `setup` is run here before the tests: helpers of the tests are not the program's to change.
     """
+    _fall_silent()
     host = _host()
     job = messages.receive(host)
     side = remote.Side(socket.socket(fileno=_PARTNER))
@@ -120,6 +122,15 @@ def _host() -> socket.socket:
     host = socket.socket(fileno=_HOST)
     messages.send(host, "started")
     return host
+
+
+def _fall_silent() -> None:
+    """Read nothing and write nowhere from here on."""
+    # this side's own device: one opened outside could be changed, by its owner, for all
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for file in (0, 1, 2):
+        os.dup2(nothing, file)
+    os.close(nothing)
 
 
 def _fresh_names(module: str) -> dict[str, Any]:

@@ -140,8 +140,7 @@ def _new_root(library: Any, size: int) -> None:
         else:
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
         mount(source, path, None, _BIND | _RECURSIVE)
-        if path not in _DEVICES:
-            _read_only(library, path)
+        _read_only(library, path)  # a device can be written to all the same
     _check(library.umount2(b"/old", _DETACH), "umount")
     os.rmdir("/old")
     mount("none", "/", None, _REMOUNT | _BIND | _READ_ONLY | safe)
@@ -275,7 +274,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "nfsservctl": (180, 42), "vhangup": (153, 58), "uselib": (134, None), "ustat": (136, None),
     "sysfs": (139, None), "fanotify_init": (300, 262), "fanotify_mark": (301, 263),
 }  # fmt: skip
-# Landlock does not know these, which change files by name; refused where it stands alone.
+# Changes of files that Landlock does not know, nor bubblewrap for devices; refused with either.
 _CHANGES: dict[str, tuple[int | None, int | None]] = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "truncate": (76, 45),
