@@ -6,6 +6,7 @@
 - root files (ARCHITECTURE.md …) as pages, and `<!-- generated: NAME -->` in hand-written pages.
 """
 
+import html
 import inspect
 import json
 import pkgutil
@@ -359,6 +360,8 @@ def _reference(package: str, title: str, modules: Iterable[str]) -> str:
 
 
 def _code(text: str) -> str:
+    if "|" in text:  # which would end a table's cell
+        return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
     return f"`{text}`" if text else ""
 
 

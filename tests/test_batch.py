@@ -39,6 +39,15 @@ def test_joined_batches_are_one_whole():
     assert both.cost.tolist() == [4, 1, 5, 3]
 
 
+def test_joined_responses_may_differ_in_length():
+    short = Batch(mask=torch.ones(1, 2).bool(), names=["a"])
+    long = Batch(mask=torch.ones(2, 3).bool(), names=["b", "c"])
+    for one, other in ((short, long), (long, short)):
+        both = one.joined(other)
+        assert both.mask.sum(1)[[both.names.index(name) for name in "abc"]].tolist() == [2, 3, 3]
+        assert both.mask.shape == (3, 3)
+
+
 def test_fields_must_be_of_one_length_and_unknown_ones_are_named():
     with pytest.raises(ValueError, match="one common length"):
         Batch(a=[1], b=[1, 2])

@@ -10,6 +10,7 @@ import pytest
 from postgrad.errors import PostgradError
 from postgrad.rewards import load_rewards
 from postgrad.tasks import Addition, Examples, load
+from postgrad.tasks.reasoning import worked_sum
 
 
 def check(row):
@@ -184,6 +185,12 @@ def test_docstrings_depend_on_seed_and_setting_only(docstrings):
 
 
 # tasks whose answer is one of several, known to their verifier only
+def test_sums_come_with_their_workings():
+    assert worked_sum("-5 + 55 - -22") == "-5 + 55 = 50\n50 - -22 = 72\n<answer>72</answer>"
+    row = load("reasoning-gym/chain_sum", settings={"size": 1})[0]
+    assert row["solution"].endswith(f"<answer>{row['answer']}</answer>")
+
+
 @pytest.mark.parametrize("task", ["chain_sum", "countdown", "leg_counting", "spell_backward"])
 def test_reasoning_gym_scores_its_own_answers(task):
     examples = load(f"reasoning-gym/{task}", settings={"size": 5})

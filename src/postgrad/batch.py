@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Batch:
@@ -67,7 +68,7 @@ class Batch:
     def joined(self, other: "Batch") -> "Batch":
         """These items and then those of `other`, which has the same fields, as a whole batch.
 
-        Of two tensors `[N, T]` of different lengths the shorter one gets zeros on the right.
+        Where their responses differ in length, `[N, T]` is filled with zeros on the right.
         """
         fields: dict[str, Any] = {}
         for name, more in other.fields().items():
@@ -116,13 +117,8 @@ class Batch:
         }
 
 
-def _stacked(first: Tensor, second: Tensor) -> Tensor:
-    if first.dim() < 2:
-        return torch.cat([first, second])
-    length = max(first.shape[1], second.shape[1])
-    return torch.cat(
-        [
-            torch.cat([one, one.new_zeros(len(one), length - one.shape[1], *one.shape[2:])], 1)
-            for one in (first, second)
-        ]
-    )
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    if one.dim() == 1:
+        return torch.cat([one, other])
+    longest = max(one.shape[1], other.shape[1])
+    return torch.cat([functional.pad(t, (0, longest - t.shape[1])) for t in (one, other)])

@@ -64,6 +64,45 @@ def token_advantages(
     chosen, `mask` `[N, T]` the response tokens, without gaps from the first on. Nothing follows a
     response's last token. Both are 0 at padding, whatever that holds.
     """
+    ended = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+    return _over_tokens(rewards, values, mask, ended, discount, lambda_)
+
+
+@torch.no_grad()
+def egae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    finished: Tensor,
+    *,
+    discount: float,
+    lambda_: float,
+) -> Tensor:
+    """Extended GAE `[N, T]`: of responses some of which go on in a later step (T-PPO, 2506.15050).
+
+    Like `token_advantages`, of a window of each response. Where `finished` `[N]` is true nothing
+    follows the last token; elsewhere something does, and the state after it, which no one has
+    evaluated yet, counts as much as the last one that was: V(s_e) = V(s_{e-1}).
+    """
+    if finished.shape != mask.shape[:1] or finished.dtype != torch.bool:
+        raise ValueError(
+            f"finished must be boolean [{len(mask)}], got {finished.dtype} {list(finished.shape)}"
+        )
+    advantages, _ = _over_tokens(rewards, values, mask, finished, discount, lambda_)
+    if bool(rewards.masked_fill(~mask, 0.0)[~finished].any()):
+        raise ValueError("a response that is not finished has no reward yet")
+    return advantages
+
+
+def _over_tokens(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    finished: Tensor,
+    discount: float,
+    lambda_: float,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns `[N, T]` of tokens; what is not `finished` `[N]` goes on."""
     named = {"rewards": rewards, "values": values, "mask": mask}
     if rewards.ndim != 2 or len({tensor.shape for tensor in named.values()}) > 1:
         found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named.items())
@@ -71,14 +110,15 @@ def token_advantages(
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("the mask has gaps: tokens of a response follow one another")
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
     last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    following = torch.where(last, values, following)
     advantages, returns = generalised_advantage(
         rewards.t(),
         values.t(),
         following.t(),
-        last.t(),
-        torch.zeros_like(last).t(),
+        (last & finished[:, None]).t(),
+        (last & ~finished[:, None]).t(),
         discount=discount,
         lambda_=lambda_,
     )

@@ -11,6 +11,7 @@ from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
 from postgrad.seeding import derive
 from postgrad.tasks import Examples, load
+from postgrad.tasks.formats import listed
 
 _READ_PAIRS = {"preferences", "rankings", "labelled"}
 
@@ -90,6 +91,28 @@ def find_held_out(
         return None
     unspoilt = config.data.model_copy(update={"split": "test", "flip_rate": 0.0})
     return find_data(unspoilt, place, formats)
+
+
+def column_texts(data: Examples, key: str, column: str) -> list[str]:
+    """The text in `column` of every row; `key` is the setting that names the column.
+
+    Raises:
+        PostgradError: there is no such column, or a row has no text in it.
+    """
+    if column not in data.columns:
+        raise PostgradError(
+            f"{key}: {data.name} has no column {column!r}; its columns are {listed(data.columns)}"
+        )
+    for number, row in enumerate(data.rows):
+        value = row[column]
+        if not isinstance(value, str) or not value.strip():
+            found = (
+                "is empty"
+                if value in (None, "") or isinstance(value, str)
+                else (f"holds {type(value).__name__}, expected text")
+            )
+            raise PostgradError(f"{data.where(number)}: column {column!r} ({key}) {found}")
+    return [row[column] for row in data.rows]
 
 
 def _flipped(examples: Examples, formats: tuple[str, ...], rate: float, seed: int) -> Examples:

@@ -121,17 +121,31 @@ def _expect_clip_range(clip_low: float, clip_high: float) -> None:
 
 
 def kl_estimate(
-    logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, kind: KLEstimator = "k3"
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    mask: Tensor,
+    kind: KLEstimator = "k3",
+    level: RatioLevel = "token",
 ) -> Tensor:
     """Estimates of KL(pi || pi_ref) from tokens that pi sampled, `[N, T]`, 0 at padding.
 
     With d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020):
     "k1" d, unbiased, may be negative; "k2" d^2/2, biased, its gradient is that of the KL in
     expectation; "k3" exp(-d) - 1 + d, unbiased and never negative. The gradient flows through
-    `logprobs` only.
+    `logprobs` only. At level "sequence" d is that of the whole response, the sum over its tokens,
+    and the tokens share the estimate evenly: their sum is that of the response.
     """
     expect_tokens(mask, logprobs=logprobs, reference_logprobs=reference_logprobs)
     difference = _log_ratio(logprobs, reference_logprobs.detach(), mask)
+    if level == "token":
+        return _divergence(difference, kind)
+    if level == "sequence":
+        whole = _divergence(difference.sum(1, keepdim=True), kind)
+        return torch.where(mask, whole / mask.sum(1, keepdim=True).clamp(min=1), 0.0)
+    raise ValueError(f"level must be 'token' or 'sequence', got {level!r}")
+
+
+def _divergence(difference: Tensor, kind: KLEstimator) -> Tensor:
     if kind == "k1":
         return difference
     if kind == "k2":

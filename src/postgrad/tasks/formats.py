@@ -9,7 +9,7 @@ responses) is the plain text of one assistant turn. Other columns are kept for r
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from postgrad.errors import PostgradError, unknown
@@ -132,6 +132,28 @@ def is_messages(value: Any) -> bool:
         and bool(value)
         and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
     )
+
+
+def stated_answer(row: Mapping[str, Any]) -> str | None:
+    """A row's answer; of a solution that ends by `#### answer`, as GSM8K's, what stands there."""
+    answer = row.get("answer")
+    return None if answer is None else str(answer).rpartition("####")[2].strip()
+
+
+def edited(prompt: str | list[Row], change: Callable[[str], str]) -> str | list[Row]:
+    """A prompt after a change of its text; of a conversation, of the user's last turn.
+
+    Raises:
+        PostgradError: no turn of a conversation is the user's.
+    """
+    if isinstance(prompt, str):
+        return change(prompt)
+    spoken = [i for i, turn in enumerate(prompt) if turn["role"] == "user"]
+    if not spoken:
+        raise PostgradError("a prompt has no turn of the user to add to")
+    last = spoken[-1]
+    turn = {**prompt[last], "content": change(prompt[last]["content"])}
+    return [*prompt[:last], turn, *prompt[last + 1 :]]
 
 
 def _sources(format: Format, columns: Iterable[str]) -> dict[str, str | None]:

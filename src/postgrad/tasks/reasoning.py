@@ -36,6 +36,7 @@ def load_reasoning(task: str, split: str, settings: dict[str, Any], seed: int) -
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PostgradError(f"{name}: settings {settings} are refused ({reason})") from error
     difficulty = {key: value for key, value in settings.items() if key != "size"}
+    summed = task == "chain_sum"
     rows = [
         {
             "prompt": entry["question"],
@@ -43,9 +44,24 @@ def load_reasoning(task: str, split: str, settings: dict[str, Any], seed: int) -
             "entry": entry,
             "task": task,
             "task_settings": difficulty,
+            **({"solution": worked_sum(entry["metadata"]["expression"])} if summed else {}),
         }
         for entry in entries
     ]
     return Examples(
         name, "prompts", rows, list(range(1, size + 1)), chat=True, verifier="reasoning-gym"
     )
+
+
+def worked_sum(expression: str) -> str:
+    """`1 + 2 - 4` worked out, a line for each step, and the answer in tags.
+
+    It is the solution of a task of chain_sum, which methods learn from that ask for one.
+    """
+    first, *rest = expression.split()
+    total, lines = int(first), []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        after = total + int(term) if sign == "+" else total - int(term)
+        lines.append(f"{total} {sign} {term} = {after}")
+        total = after
+    return "\n".join([*lines, f"<answer>{total}</answer>"])

@@ -157,7 +157,6 @@ def render_prompts(
     Tasks whose prompts are meant for chat models come as a user turn where the model has a chat
     template.
     """
-    chat = examples.chat and policy.has_chat_template
     room = policy.context_length - reserve
     limit = min(config.max_prompt_tokens or room, room)
     if limit < 1:
@@ -167,10 +166,7 @@ def render_prompts(
         )
     prompts = []
     for number, row in enumerate(examples.rows):
-        prompt = row["prompt"]
-        if chat and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        ids = policy.render(prompt)
+        ids = render_prompt(policy, examples, row["prompt"])
         if len(ids) > limit:
             raise PostgradError(
                 f"{examples.where(number)}: the prompt has {len(ids)} tokens, at most {limit} fit "
@@ -178,6 +174,15 @@ def render_prompts(
             )
         prompts.append(ids)
     return prompts
+
+
+def render_prompt(
+    policy: TextNetwork, examples: Examples, prompt: str | list[dict[str, Any]]
+) -> Tensor:
+    """Token ids `[P]` of a prompt that is written as those of `examples` are."""
+    if examples.chat and policy.has_chat_template and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return policy.render(prompt)
 
 
 def draw_responses(

@@ -46,6 +46,9 @@ class PolicyGradientSettings(EstimatorSettings, LanguageSettings):
     kl_estimator: Literal["k1", "k2", "k3"] = setting(
         "k3", "of a token's KL: d, d^2/2, exp(-d) - 1 + d, with d the log-ratio"
     )
+    kl_level: Literal["token", "sequence"] = setting(
+        "token", "whose log-ratio d is: each token's, or the whole response's"
+    )
     entropy_coefficient: float = setting(0.0, "weight of the entropy bonus", ge=0)
 
 
@@ -84,6 +87,7 @@ class SampledPolicyGradient(Method):
                 prompts=config.batch_size,
                 samples=config.rollout.samples,
                 updates=config.epochs * config.minibatches,
+                stale=self.stale,
                 rows=self.data.rows,
             ),
         )
@@ -95,6 +99,11 @@ class SampledPolicyGradient(Method):
     @classmethod
     def four_parts(cls) -> FourParts | None:
         return cls.parts or Estimator.described(cls.Config)
+
+    @property
+    def stale(self) -> bool:
+        """Whether an older policy samples."""
+        return False
 
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
@@ -123,18 +132,17 @@ class SampledPolicyGradient(Method):
         Raises:
             NothingToLearn: no token is left that counts.
         """
-        if self.estimator.needs_entropies and "entropies" not in batch:
-            with timed("scoring"), torch.no_grad():
-                scores = self._score(batch, entropy=True)
-                assert scores.entropies is not None
-                batch = batch.with_fields(entropies=scores.entropies.cpu())
-        batch = self.estimator.prepared(batch)
+        batch = self.estimator.prepared(batch, self._with_entropies)
         if not bool(batch.mask.any()):
             raise NothingToLearn("every response of the step was left out")
-        if self.needs_old_logprobs and "old_logprobs" not in batch:
-            with timed("scoring"), torch.no_grad():
-                batch = batch.with_fields(old_logprobs=self._score(batch).logprobs.cpu())
-        return batch
+        return self.with_old_logprobs(batch) if self.needs_old_logprobs else batch
+
+    def with_old_logprobs(self, batch: Batch) -> Batch:
+        """The batch with the log-probabilities that its tokens have now, unless it has any."""
+        if "old_logprobs" in batch:
+            return batch
+        with timed("scoring"), torch.no_grad():
+            return batch.with_fields(old_logprobs=self._score(batch).logprobs.cpu())
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -180,7 +188,8 @@ class SampledPolicyGradient(Method):
         else:
             with torch.no_grad(), self.policy.reference():
                 reference = self._score(batch).logprobs
-        return kl_estimate(new, reference, scores.mask, kind=self.config.kl_estimator)
+        kind, level = self.config.kl_estimator, self.config.kl_level
+        return kl_estimate(new, reference, scores.mask, kind, level)
 
     def aggregated(self, per_token: Tensor, batch: Batch, scores: TokenScores) -> Tensor:
         """Token losses `[N, T]` as the batch's share in one number."""
@@ -192,6 +201,14 @@ class SampledPolicyGradient(Method):
             tokens=batch.tokens,
             constant=self.config.rollout.max_new_tokens,
         )
+
+    def _with_entropies(self, batch: Batch) -> Batch:
+        if "entropies" in batch:
+            return batch
+        with timed("scoring"), torch.no_grad():
+            scores = self._score(batch, entropy=True)
+        assert scores.entropies is not None
+        return batch.with_fields(entropies=scores.entropies.cpu())
 
     def _score(self, batch: Batch, entropy: bool = False) -> TokenScores:
         return self.policy.score(

@@ -73,7 +73,11 @@ class TaskReward:
         """Mean reward of greedy responses to the rows of `held_out`, whose ids are `prompts`."""
         greedy = rollout.sampling(temperature=0.0)
         rollouts = generate(policy, prompts, greedy, seeds=[0] * len(prompts))
-        reward, terms = self.of(held_out.rows, rollouts)
+        return self.measured(held_out.rows, rollouts)
+
+    def measured(self, rows: list[dict[str, Any]], rollouts: Rollouts) -> Metrics:
+        """Means over responses to the prompts of N rows: reward, its terms, length in tokens."""
+        reward, terms = self.of(rows, rollouts)
         means = {name: float(term.mean()) for name, term in terms.items()}
         lengths = [float(len(response)) for response in rollouts.responses]
         return {

@@ -9,6 +9,7 @@ from postgrad.batch import Batch
 from postgrad.methods.base import Metrics
 from postgrad.methods.language.base import pad
 from postgrad.models.language import LanguagePolicy
+from postgrad.sampling.conversations import Conversations
 from postgrad.sampling.generation import Rollouts
 
 TERM = "reward/"
@@ -26,6 +27,9 @@ def rollout_batch(
     """Rollouts as a batch, with each one's group, reward, reward terms `[N]`, and more fields."""
     lengths = torch.tensor([len(response) for response in rollouts.responses])
     mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    if isinstance(rollouts, Conversations):
+        mask = pad(rollouts.written)  # what a tool said was not the policy's choice
+        fields = {"written": mask, "turns": pad(rollouts.turns), **fields}
     named = {f"{TERM}{name}": term for name, term in terms.items()}
     return Batch(
         prompts=rollouts.prompts,
@@ -48,6 +52,8 @@ def describe_rollouts(batch: Batch) -> Metrics:
     terms = [name for name in batch.fields() if name.startswith(TERM)]
     lengths = torch.tensor([float(len(response)) for response in batch.responses])
     drawn = torch.arange(batch.sampled_logprobs.shape[1]) < lengths[:, None]
+    if "written" in batch:
+        drawn = drawn & batch.written
     advantages = batch.advantages if batch.advantages.dim() == 1 else batch.advantages[batch.mask]
     return {
         "reward": float(batch.reward.mean()),
@@ -68,6 +74,7 @@ def rollout_rows(policy: LanguagePolicy, batch: Batch, most: int = 16) -> list[d
         tokens = batch.responses[i]
         own = batch.advantages[i]
         advantages = own[: len(tokens)] if own.dim() else own.expand(len(tokens))
+        advantages = advantages * batch.mask[i, : len(tokens)]
         rows.append(
             {
                 "prompt": policy.decode(batch.prompts[i]),

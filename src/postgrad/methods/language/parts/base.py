@@ -25,6 +25,7 @@ class Around:
         prompts: a step.
         samples: responses to a prompt.
         updates: optimiser steps a rollout.
+        stale: whether samples of an older policy are learnt from.
         rows: the training data; a batch's `row` `[N]` counts in it. Empty where a method has none.
     """
 
@@ -33,6 +34,7 @@ class Around:
     prompts: int = 1
     samples: int = 1
     updates: int = 1
+    stale: bool = False
     rows: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
 
@@ -77,6 +79,10 @@ class Advantage(Part, ABC):
 
 class Mask(Part, ABC):
     """Which tokens teach: by what was sampled, once, and by how far the policy has moved."""
+
+    def chosen(self, batch: Batch) -> Batch:
+        """The responses that are learnt from, by their `advantages`; nothing else is scored."""
+        return batch
 
     def prepared(self, batch: Batch) -> Batch:
         """The batch, maybe with fewer tokens in its `mask`, or with `token_weights` `[N, T]`."""
@@ -124,11 +130,16 @@ def require_groups(around: Around, what: str) -> None:
 
 
 def require_one_update(around: Around, what: str) -> None:
-    """Stop at several optimiser steps a rollout."""
+    """Stop at several optimiser steps a rollout, or rollouts of an older policy."""
     if around.updates > 1:
         raise PostgradError(
             f"epochs, minibatches: {what} takes the policy to be the one that sampled, so there "
             f"can be one optimiser step a rollout, got {around.updates}"
+        )
+    if around.stale:
+        raise PostgradError(
+            f"sync_every, sync_delay, replay: {what} takes the policy to be the one that sampled, "
+            "so expected 1, 0 and 0: no older policy may sample"
         )
 
 

@@ -4,6 +4,7 @@ from postgrad.config import Choice
 
 _PARTS = "postgrad.methods.language.parts"
 _METHODS = "postgrad.methods.language.verifiable"
+_AGENTS = "postgrad.methods.agents"
 
 
 class MaskChoice(Choice):
@@ -14,6 +15,8 @@ class MaskChoice(Choice):
         "one-side": f"{_PARTS}.masks:OneSide",
         "two-side": f"{_PARTS}.masks:TwoSide",
         "ring": f"{_PARTS}.masks:Ring",
+        "gtpo": f"{_METHODS}.gtpo:Conflicts",
+        "d3s": f"{_METHODS}.d3s:DownSampling",
     }
 
 
@@ -36,6 +39,16 @@ class AdvantageChoice(Choice):
         "batch": f"{_PARTS}.advantages:BatchStandardised",
         "lite": f"{_PARTS}.advantages:Lite",
         "moving-mean": f"{_PARTS}.advantages:MovingBaseline",
+        "bnpo": f"{_METHODS}.bnpo:BetaNormalised",
+        "gtpo": f"{_METHODS}.gtpo:LessEntropy",
+        "copo": f"{_METHODS}.copo:Consistency",
+        "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
+        "early-call": f"{_AGENTS}.aspo:EarlyCall",
+        "turns": f"{_AGENTS}.turn_credit:Turns",
+        "riskpo": f"{_METHODS}.riskpo:BundledRisk",
+        "red-drop": f"{_METHODS}.rec:Dropped",
+        "red-weight": f"{_METHODS}.rec:Weighted",
+        "asymre": f"{_METHODS}.rec:LoweredBaseline",
     }
 
 

@@ -1,6 +1,7 @@
 """The four parts of a policy gradient put together."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,13 +79,17 @@ class Estimator:
             "gradient": self.gradient,
         }
 
-    @property
-    def needs_entropies(self) -> bool:
-        return any(part.needs_entropies for part in self.parts.values())
+    def prepared(self, batch: Batch, with_entropies: Callable[[Batch], Batch]) -> Batch:
+        """The batch with `advantages`, and with what the mask makes of its tokens.
 
-    def prepared(self, batch: Batch) -> Batch:
-        """The batch with `advantages`, and with what the mask makes of its tokens."""
-        batch = batch.with_fields(advantages=self.advantage(batch).float())
+        `with_entropies` gives a batch its `entropies`; it is called where a part needs them, after
+        the mask's choice of responses if it can be.
+        """
+        if self.advantage.needs_entropies:
+            batch = with_entropies(batch)
+        batch = self.mask.chosen(batch.with_fields(advantages=self.advantage(batch).float()))
+        if any(part.needs_entropies for part in self.parts.values()):
+            batch = with_entropies(batch)
         return self.mask.prepared(batch)
 
     def old_logprobs(self, batch: Batch, scores: TokenScores) -> Tensor:
@@ -102,7 +107,7 @@ class Estimator:
 
         `advantages` `[N]` or `[N, T]` are those of the batch if not given.
         """
-        new, mask = scores.logprobs, scores.mask
+        new, mask = scores.logprobs, written(batch, scores)
         advantages = per_token(batch.advantages if advantages is None else advantages, new)
         old = self.old_logprobs(batch, scores)
         denominator = self.denominator(new, old).detach()
@@ -141,6 +146,13 @@ class Estimator:
         for name, part in self.parts.items():
             if name in state:
                 part.load_state_dict(state[name])
+
+
+def written(batch: Batch, scores: TokenScores) -> Tensor:
+    """Which tokens `[N, T]` the policy itself chose: all of a response but what a tool said."""
+    if "written" not in batch:
+        return scores.mask
+    return scores.mask & batch.written[:, : scores.mask.shape[1]].to(scores.mask)
 
 
 def per_token(advantages: Tensor, like: Tensor) -> Tensor:

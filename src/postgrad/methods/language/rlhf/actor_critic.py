@@ -284,15 +284,20 @@ class ActorCritic(Method):
         """The critic's step on a minibatch."""
         return optimise(self.value_loss, batch, "critic")
 
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio may go."""
+        return self.config.clip, self.config.clip
+
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The policy's: PPO's clipped surrogate."""
         new = self._score(batch)
-        length, clip = new.shape[1], self.config.clip
+        length, (low, high) = new.shape[1], self.clip_range
         mask = batch.mask[:, :length].to(new.device)
         advantages = batch.advantages[:, :length].to(new)
         ratio = importance_ratio(new, batch.old_logprobs[:, :length].to(new), mask)
-        per_token = clipped_surrogate(ratio, advantages, clip, clip)
-        clipped = clip_fractions(ratio.detach(), advantages, clip, clip, mask)
+        per_token = clipped_surrogate(ratio, advantages, low, high)
+        clipped = clip_fractions(ratio.detach(), advantages, low, high, mask)
         metrics = {f"ratio/{name}": value for name, value in clipped.items()}
         metrics["ratio/mean"] = float(ratio.detach()[mask].mean()) if mask.any() else 1.0
         return self._aggregated(per_token, mask, batch), metrics
