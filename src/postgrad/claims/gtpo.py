@@ -127,8 +127,8 @@ CLAIM = Claim(
         Finding("So do the conflict tokens", METRIC, "GTPO", "GTPO without conflicts"),
     ),
     notes="Learning rates 1e-4, 3e-4 and 1e-3 were tried for GTPO and GRPO on seed 100, with other "
-    "sums than those reported, over a third of the steps; 1e-4 was best for both (0.65 and 0.61 of "
-    "300 sums, from 0.48; 3e-4 0.55 and 0.56). At 1e-3 both unlearn the sums (0.06 and 0.14) and "
-    "keep the form: what the paper sees GRPO lose late in training is not lost here. Schedule, "
-    "weight decay and clipping are the same for all arms.",
+    "sums than those reported, over a third of the steps; 1e-4 was best for both (0.65 and "
+    "0.61 of 300 sums, from 0.48; 3e-4 0.55 and 0.56). At 1e-3 both unlearn the sums (0.06 "
+    "and 0.14) and keep the form: what the paper sees GRPO lose late in training is not lost "
+    "here. Schedule, weight decay and clipping are the same for all arms.",
 )
