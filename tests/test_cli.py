@@ -331,5 +331,5 @@ def test_completion_scripts(call):
 def test_doctor(call):
     told = call("doctor")
     assert told.exit_code == 0, told.output
-    for expected in ("torch", "extra", "smollm2"):
+    for expected in ("torch", "extra", "smollm2", "bubblewrap"):
         assert expected in told.stdout.lower()

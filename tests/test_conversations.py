@@ -1,14 +1,25 @@
 """Responses in several turns with a tool, by the tiny model; and the calculator."""
 
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from language_runs import SMALL, assert_resumes, write_rows
+from postgrad.api import train
 from postgrad.config import validated
-from postgrad.methods.agents.tools import calculated
+from postgrad.errors import PostgradError
+from postgrad.methods.agents.tools import ToolChoice, calculated, made_tool
 from postgrad.methods.base import Place
 from postgrad.methods.language.verifiable.grpo import GRPO
 from postgrad.models.language import load_policy
+from postgrad.rewards import sandbox
+from postgrad.rewards.sandbox import ISOLATIONS
 from postgrad.sampling.conversations import converse
 from postgrad.sampling.generation import SamplingSettings, generate
 
@@ -18,6 +29,8 @@ VOWELS = ("a", "e", "i", "o", "u")
 
 class Counter:
     """Answers every vowel with how many there were so far, and ends the third conversation turn."""
+
+    parallel = 1
 
     def __init__(self, stop=VOWELS, last=99):
         self.stop, self.last = stop, last
@@ -169,6 +182,14 @@ def test_any_method_can_call_and_learns_by_its_own_tokens_alone():
     assert len(shown["advantages"]) == len(shown["tokens"])
 
 
+def test_methods_of_single_turns_refuse_a_tool(tmp_path):
+    for slug in ("ghpo", "clpo", "critique-grpo", "gcpo", "hpt", "spo-single-stream"):
+        with pytest.raises(PostgradError, match=r"tool: .* one turn: expected none, got 'calcul"):
+            train(
+                slug, data=ROWS, reward=digits, tool="calculator", steps=1, output=tmp_path, **SMALL
+            )
+
+
 def test_a_run_with_a_tool_resumes(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     assert_resumes(
@@ -176,3 +197,100 @@ def test_a_run_with_a_tool_resumes(tmp_path):
         tool={"name": "calculator", "opening": "a", "closing": "e"}, batch_size=4,
         rollout={"samples": 4, "max_new_tokens": 40}, **SMALL,
     )  # fmt: skip
+
+
+# The Python interpreter --------------------------------------------------------------------------
+
+ISOLATION = next((name for name in ISOLATIONS if sandbox.why_not(name) is None), None)
+needs_sandbox = pytest.mark.skipif(ISOLATION is None, reason="no sandbox here")
+
+
+def python(**settings):
+    return made_tool(ToolChoice(name="python", isolation=ISOLATION, **settings))
+
+
+@pytest.fixture
+def adopts_orphans():
+    """Whatever is started below this process stays below it when its parent ends."""
+    if sys.platform != "linux":
+        pytest.skip("prctl is Linux's")
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    yield
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+
+
+def processes():
+    """The processes below this one that have not ended."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid,stat"], capture_output=True, text=True)
+    rows = [line.split() for line in found.stdout.splitlines()[1:]]
+    parents = {int(pid): int(parent) for pid, parent, _ in rows}
+
+    def below(pid):
+        while pid in parents and pid != os.getpid():
+            pid = parents[pid]
+        return pid == os.getpid()
+
+    return {int(pid) for pid, _, state in rows if state[0] != "Z" and below(int(pid))}
+
+
+@needs_sandbox
+def test_a_conversation_with_python():
+    session = python(characters=40).session({})
+    assert session.reply("so <python>x = 6\nprint(x)\nx * 7</python>") == "<output>6\n42</output>"
+    assert session.reply("<python>\n  x += 1\n  x\n</python>") == "<output>7</output>"
+    error = "<output>ZeroDivisionError: division by zero</output>"
+    assert session.reply("<python>x / 0</python>") == error
+    assert session.reply("<python>print('a'); oops</python>") == (
+        "<output>a\nNameError: name 'oops' is not defined</output>"
+    )
+    assert session.reply("<python>'b' * 99</python>") == "<output>'" + "b" * 39 + "...</output>"
+    assert session.reply("x</python>") is None
+    session.close()
+    session.close()
+
+
+@needs_sandbox
+def test_an_interpreter_that_ended_is_followed_by_a_fresh_one():
+    session = python(time_limit=1.0).session({})
+    assert session.reply("<python>x = 1</python>") == "<output></output>"
+    assert "took too long" in session.reply("<python>while True: pass</python>")
+    assert session.reply("<python>x</python>") == "<output>1</output>"
+    assert "has ended" in session.reply("<python>import os; os._exit(3)</python>")
+    assert "NameError" in session.reply("<python>x</python>")
+    session.close()
+
+
+@needs_sandbox
+def test_sessions_start_when_they_are_asked_and_leave_no_process(adopts_orphans):
+    before = processes()
+    tool = python()
+    silent, many = tool.session({}), [tool.session({}) for _ in range(24)]
+    with ThreadPoolExecutor(tool.parallel) as pool:
+        said = list(pool.map(lambda i: many[i].reply(f"<python>x = {i}; x</python>"), range(24)))
+        assert said == [f"<output>{i}</output>" for i in range(24)]
+        again = list(pool.map(lambda session: session.reply("<python>x</python>"), many))
+    assert again == said
+    assert len(processes() - before) > 24
+    silent.close()
+    for session in many:
+        session.close()
+    tool.close()
+    left = processes() - before
+    deadline = time.monotonic() + 20
+    while left & processes() and time.monotonic() < deadline:
+        pass  # the kernel takes what was told to end
+    assert not left & processes()
+
+
+@needs_sandbox
+def test_a_policy_writes_on_after_what_python_printed():
+    policy = load_policy("tiny")
+    tool = python(opening="a", closing="e", characters=10)
+    prompts = [policy.render(row["prompt"]) for row in ROWS]
+    talked = converse(
+        policy, prompts * 4, ROWS * 4, tool, SamplingSettings(99), seeds=range(96), max_turns=3
+    )
+    tool.close()
+    answered = [text for text in talked.texts if "<output>" in text]
+    assert len(answered) > 1
+    assert all("a" in text.partition("e<output>")[0] for text in answered)

@@ -281,15 +281,52 @@ def test_the_sampler_is_brought_up_to_date_now_and_then_and_late():
 def test_ratios_are_to_the_policy_that_sampled():
     method = made(sync_every=4)
     method.collect(0)
-    with torch.no_grad():
-        for parameter in method.policy.parameters():
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-            parameter.add_(0.02 * noise)
+    moved(method)
     batch = method.collect(1)
     torch.testing.assert_close(batch.old_logprobs, batch.sampled_logprobs, atol=1e-5, rtol=0)
     assert method.loss(batch)[1]["ratio/mean"] != pytest.approx(1.0, abs=1e-3)
     fresh = method.collect(4)
     assert method.loss(fresh)[1]["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+def moved(method):
+    with torch.no_grad():
+        for parameter in method.policy.parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.02 * noise)
+
+
+def test_earlier_samples_come_back_with_the_probabilities_they_had():
+    method = made(replay=2, replay_steps=1)
+    first = method.collect(0)
+    assert len(first) == 16
+    moved(method)
+    second = method.collect(1)
+    assert second.group.unique().tolist() == [0, 1, 2, 3, 4, 5]
+    fresh, earlier = second.select(torch.arange(16)), second.select(torch.arange(16, 24))
+    assert fresh.step.unique().tolist() == [1]
+    assert earlier.step.unique().tolist() == [0]
+    texts = dict(zip(first.texts, first.old_logprobs, strict=True))
+    for text, old in zip(earlier.texts, earlier.old_logprobs, strict=True):
+        known = texts[text]
+        assert old[: len(known)].equal(known)
+    _, metrics = method.loss(fresh)
+    assert metrics["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+    _, metrics = method.loss(earlier)
+    assert metrics["ratio/mean"] != pytest.approx(1.0, abs=1e-3)
+    described = method.describe_batch(second)
+    assert described["replay/age"] == pytest.approx(8 / 24)
+    assert described["reward"] == pytest.approx(float(fresh.reward.mean()))
+    # of two steps back nothing is left
+    assert set(method.collect(2).step.tolist()) == {1, 2}
+
+
+def test_a_run_with_replay_resumes(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    assert_resumes(
+        "policy-gradient", tmp_path, data=data, reward="numeric", replay=3, replay_steps=2,
+        **SMALL, **SHORT,
+    )  # fmt: skip
 
 
 def test_a_run_with_a_lagging_sampler_resumes(tmp_path):

@@ -178,14 +178,12 @@ def test_prompted_groups_decide_and_are_not_learnt_from():
     asked = []
 
     def reward(prompts, completions):
-        asked.append(len(prompts))
-        if len(asked) % 2 == 0:  # the groups with and without, of two responses each
-            return [1.0, 1.0, 0.0, 0.0] * (len(prompts) // 4)
-        return [0.0] * len(prompts)
+        asked.append(len(prompts))  # last the groups with and without, of two responses each
+        return [0.0] * 32 + [1.0, 1.0, 0.0, 0.0] * 4
 
     method = made(reward=reward, contrast_samples=2)
     batch = method.collect(0)
-    assert asked == [32, 16]
+    assert asked == [48]
     assert len(batch) == 32
     assert batch.contrast.tolist() == [1.0] * 32
     bonus = batch.reward - 0.1 * batch.mask.sum(1) / 3
@@ -196,11 +194,10 @@ def test_prompted_groups_decide_and_are_not_learnt_from():
 
 def test_prompted_responses_are_drawn_after_their_instructions():
     method = made(contrast_samples=2)
-    others, row = method.asked([3, 0], 0)
+    others = method.asked([3, 0], 0)
     texts = [method.policy.decode(prompt) for prompt in others.prompts]
     three, zero = ROWS[3]["prompt"], ROWS[0]["prompt"]
     assert texts == [f"W{three}"] * 2 + [f"N{three}"] * 2 + [f"W{zero}"] * 2 + [f"N{zero}"] * 2
-    assert row.tolist() == [3] * 4 + [0] * 4
 
 
 def test_prompted_groups_can_be_learnt_from_as_groups_of_their_own():
@@ -220,13 +217,10 @@ def test_prompted_groups_can_be_learnt_from_as_groups_of_their_own():
 
 def test_the_behaviour_is_learnt_where_it_helps_and_unlearnt_where_it_hurts():
     """The verifier says nothing of the ordinary responses: the mask alone tells prompts apart."""
-    calls = []
 
     def of_what_was_asked(prompts, completions):
-        calls.append(len(prompts))
-        if len(calls) % 2 == 1:
-            return [0.0] * len(prompts)
-        return [float(("+" in prompt) == (i % 4 < 2)) for i, prompt in enumerate(prompts)]
+        asked = [float(("+" in prompt) == (i % 4 < 2)) for i, prompt in enumerate(prompts)]
+        return [0.0] * 32 + asked[32:]
 
     method = made(
         reward=of_what_was_asked, contrast_samples=2, length_weight=0.0, kl_coefficient=0.0
@@ -267,6 +261,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
         ({"auxiliary_weight": 0.95}, "auxiliary_weight, length_weight: .*below 1 .*got 1.05"),
         ({"rollout": {"samples": 1}}, "rollout.samples: .*at least 2 samples, got 1"),
         ({"contrast": "asked"}, "contrast: .*'prompted' or 'partition'"),
+        ({"tool": "calculator"}, "tool: contrast=prompted asks for single turns"),
         ({"contrast_samples": 0}, "contrast_samples: .*greater than 0"),
     ],
 )

@@ -185,6 +185,13 @@ def test_in_a_conversation_the_hint_goes_to_the_users_last_turn():
         edited(turns[:1], str.upper)
 
 
+def test_solutions_may_be_in_the_column_of_answers_as_in_gsm8k():
+    rows = [{"prompt": "1+1=", "answer": "One and one are 2.\n#### 2"}] * 4
+    method = made(nothing_right, rows, solution_column="answer", hint_ratios=[0.5, 0.99])
+    texts = [method.policy.decode(prompt) for prompt in method.collect(0).prompts]
+    assert texts[0].endswith("from there:\nOne and one are 2.\n#### ")
+
+
 def test_difficulty_is_by_accuracy_and_advantages_by_the_whole_reward():
     method = made([nothing_right, letters], accuracy="nothing_right")
     batch = method.collect(0)

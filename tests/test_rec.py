@@ -96,7 +96,7 @@ def test_one_side_with_importance_sampling_is_ppos_gradient():
 
 
 def test_reinforce_is_a_step_on_the_pairwise_consistency_of_any_samples():
-    """At pi = pi_now the loss over pairs has the gradient of centred REINFORCE (paper, §2)."""
+    """At pi = pi_now the loss over pairs has the gradient of centred REINFORCE."""
     random = torch.Generator().manual_seed(1)
     logits = torch.randn(7, generator=random, dtype=torch.float64, requires_grad=True)
     responses, rewards = torch.tensor([0, 3, 3, 6]), torch.tensor([0.3, 1.0, -0.2, 0.5]).double()

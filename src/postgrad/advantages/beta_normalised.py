@@ -36,7 +36,7 @@ class BetaFit:
 
 
 def fit_normaliser(rates: Tensor) -> BetaFit:
-    """The normaliser of least variance for success rates `[Q]` of Q prompts (BNPO, theorem 1).
+    """The normaliser of least variance for success rates `[Q]` of Q prompts (BNPO).
 
         c = m (1 - m) / v - 1,   a = c m,   b = c (1 - m),   alpha = 1 + a/3,   beta = 1 + b/3
 
@@ -106,10 +106,11 @@ def normalised_variance(a: float, b: float, alpha: float, beta: float) -> float:
     left, right = a + 3 - 2 * alpha, b + 3 - 2 * beta
     if left <= 0 or right <= 0:
         return torch.inf
-    logarithm = 2 * _log_beta(alpha, beta) + _log_beta(left, right) - _log_beta(a, b)
+    logarithm = 2 * log_beta(alpha, beta) + log_beta(left, right) - log_beta(a, b)
     return float(logarithm.exp())
 
 
-def _log_beta(x: float, y: float) -> Tensor:
+def log_beta(x: float, y: float) -> Tensor:
+    """log B(x, y) of positive numbers, float64."""
     both = torch.tensor([x, y], dtype=torch.float64)
     return torch.lgamma(both).sum() - torch.lgamma(both.sum())

@@ -44,7 +44,7 @@ def exponentially_weighted(
     """w_i A_i with A_i = r_i - mean of its group and w_i = exp(A_i / T), `[N]` (RED-Weight).
 
     With `weighted_mean` A_i is then taken from the group's mean under these weights, as where the
-    weighted pairwise consistency is derived (§5.2); they are not normalised in either case. Raises
+    weighted pairwise consistency is derived; they are not normalised in either case. Raises
     ValueError where a weight overflows.
     """
     if not temperature > 0:

@@ -6,6 +6,7 @@ from typing import Any
 from postgrad.claims.addition_warm_up import TOKENS, greedy_accuracy, untrained, warmed_up
 from postgrad.claims.stepping import Collect, own_batch, train_in_steps
 from postgrad.methods.base import Metrics
+from postgrad.models.language import LanguagePolicy
 from postgrad.tasks.addition import Addition
 
 STEPS, PROMPTS, SAMPLES = 120, 32, 8
@@ -25,14 +26,15 @@ def task(steps: int = STEPS, prompts: int = PROMPTS) -> str:
 
 @dataclass
 class Training:
-    """What became of a run: test accuracy over steps, and every step's metrics."""
+    """What became of a run: the policy, its test accuracy over steps, every step's metrics."""
 
+    policy: LanguagePolicy
     accuracy: Curve
     metrics: list[Metrics] = field(default_factory=list)
 
     def series(self, name: str) -> list[float]:
-        """A metric at every step that learnt something."""
-        return [metrics[name] for metrics in self.metrics if metrics]
+        """A metric at every step that learnt something; a 0 if none did."""
+        return [metrics[name] for metrics in self.metrics if metrics] or [0.0]
 
     def curve(self, name: str, every: int = 5) -> Curve:
         points = [(float(i + 1), m[name]) for i, m in enumerate(self.metrics) if m]
@@ -63,7 +65,7 @@ def trained_on_sums(
     steps, tested = (4, 100) if quick else (steps, TESTED)
     policy = untrained(seed) if quick else warmed_up(seed, target)
     test = Addition("grpo claim").draw(tested, digits=3)
-    found = Training([(0.0, greedy_accuracy(policy, test))])
+    found = Training(policy, [(0.0, greedy_accuracy(policy, test))])
     training = train_in_steps(
         slug,
         seed,

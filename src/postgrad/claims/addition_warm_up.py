@@ -92,7 +92,7 @@ def _train(seed: int, target: float, form: Form) -> LanguagePolicy:
     return policy
 
 
-def untrained(seed: int) -> LanguagePolicy:
+def untrained(seed: int, positions: int = 32) -> LanguagePolicy:
     """A GPT-2 of two layers of width 96, with learned positions and the vocabulary of `tiny`.
 
     The digits that belong together lie at distances that differ from digit to digit, so rotary
@@ -103,7 +103,7 @@ def untrained(seed: int) -> LanguagePolicy:
     tokenizer = tiny_tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=32,
+        n_positions=positions,
         n_embd=96,
         n_layer=2,
         n_head=4,

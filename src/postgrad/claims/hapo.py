@@ -157,8 +157,8 @@ CLAIM = Claim(
     ),
     notes="Learning rates 1e-4 and 3e-4 were tried for HAPO and GRPO on seed 100, with other sums "
     "than those reported; 3e-4 gave both the higher reward on the sums trained on. There the "
-    "length was 5.0 under HAPO and 6.0 under GRPO, at 1e-4 5.3 and 10.3: GRPO shortens answers "
-    "too, though nothing rewards it, and later. The dots come after the sum where the "
-    "paper's models think before they answer: a model of this size does not soon learn to add at "
-    "places that vary. No arm has a KL to the initial policy.",
+    "length was 5.0 under HAPO and 6.0 under GRPO, at 1e-4 5.3 and 10.3: GRPO shortens "
+    "answers too, though nothing rewards it, and later. The dots come after the sum where the "
+    "paper's models think before they answer: a model of this size does not soon learn to add "
+    "at places that vary. No arm has a KL to the initial policy.",
 )

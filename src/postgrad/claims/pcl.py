@@ -1,5 +1,6 @@
 """PCL's claim: prompts chosen by a value model teach more than prompts in turn."""
 
+import random
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from postgrad.claims.base import Claim, Finding, Outcome
 from postgrad.claims.stepping import train_in_steps
 from postgrad.methods.language.verifiable.policy_gradient import PolicyGradient
 from postgrad.tasks.addition import Addition
+from postgrad.tasks.formats import Row
 
-STEPS, PROMPTS, SAMPLES, POOL_FACTOR = 120, 32, 8, 4
+STEPS, PROMPTS, SAMPLES, POOL_FACTOR = 80, 32, 8, 4
 EVALUATE_EVERY, EVALUATED, TESTED = 20, 300, 2000
 METRIC, USEFUL, COST = "accuracy", "useful responses", "responses for each that is learnt from"
 
@@ -24,12 +26,13 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    steps, tested = (3, 100) if quick else (STEPS, TESTED)
+    steps, tested = (3, 300) if quick else (STEPS, TESTED)
     policy = untrained(seed) if quick else warmed_up(seed)
-    test = Addition("pcl claim").draw(tested, digits=3)
+    sums = Addition("pcl claim")
+    test = [row for digits in (1, 3) for row in sums.draw(tested // 2, digits=digits)]
     start = greedy_accuracy(policy, test)
-    data = Addition(f"claim {seed}", weights=[1, 1, 1]).draw(POOL_FACTOR * PROMPTS * steps)
-    hard = torch.tensor([row["digits"] == 3 for row in data])
+    data = mixed(seed, POOL_FACTOR * PROMPTS * steps)
+    hard = torch.tensor([row["digits"] == 3 and "+" in row["prompt"] for row in data])
     useful, on_hard, errors = [], [], []
 
     def collect(method: Any, step: int) -> Batch:
@@ -43,7 +46,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     for step, metrics in train_in_steps(
         "pcl" if arm == "PCL" else "policy-gradient",
         seed,
-        {"model": policy, "data": data, "reward": "addition"},
+        {"model": policy, "data": data, "reward": matches},
         collect,
         steps=steps,
         batch_size=PROMPTS,
@@ -53,7 +56,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
         if "value/error" in metrics:
             errors.append(metrics["value/error"])
         if step % EVALUATE_EVERY == 0 and step < steps:
-            curves[METRIC].append((step, greedy_accuracy(policy, test[:EVALUATED])))
+            curves[METRIC].append((step, greedy_accuracy(policy, test[:: tested // EVALUATED])))
     end = greedy_accuracy(policy, test)
     curves[METRIC].append((steps, end))
     for name, shares in ((USEFUL, useful), ("share of hard sums", on_hard)):
@@ -67,6 +70,31 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
     if errors:
         values["error of the value model at the end"] = sum(errors[-12:]) / len(errors[-12:])
     return Outcome(values, curves)
+
+
+def mixed(seed: int, count: int) -> list[Row]:
+    """Rows of which half are products, a quarter sums of 1 digit, a quarter sums of 3 digits.
+
+    A product is asked for as a sum is, and answered by its last four digits, the last one first:
+    nothing that the warm-up has taught.
+    """
+    kinds = random.Random(f"pcl {seed}")
+    sums = Addition(f"claim {seed}")
+    rows = []
+    for number in range(count):
+        kind = kinds.random()
+        row = sums.draw(1, digits=1 if kind < 0.25 else 3, start=number)[0]
+        if kind >= 0.5:
+            first, second = map(int, row["prompt"].rstrip("=").split("+"))
+            answer = f"{first * second % 10_000:04d}"[::-1]
+            row = {**row, "prompt": row["prompt"].replace("+", "*"), "answer": answer}
+        rows.append(row)
+    return rows
+
+
+def matches(completions: list[str], answer: list[str]) -> list[float]:
+    """1 for the answer, else 0."""
+    return [float(said == right) for said, right in zip(completions, answer, strict=True)]
 
 
 def informative(method: PolicyGradient, step: int) -> Batch:
@@ -84,8 +112,8 @@ CLAIM = Claim(
     "half of the time teach more than prompts in turn.",
     task="addition: a small transformer, warmed up until it solves about half of the 3-digit sums; "
     f"{STEPS} steps of {PROMPTS} prompts with {SAMPLES} samples, out of {POOL_FACTOR * PROMPTS} "
-    "candidates a step (a third each of 1, 2 and 3 digits); accuracy of greedy answers to 2000 "
-    "unseen 3-digit sums",
+    "candidates a step (half products, which it never gets right, a quarter sums of 1 digit, a "
+    "quarter of 3); accuracy of greedy answers to 2000 other sums of 1 and 3 digits",
     metric=METRIC,
     higher_is_better=True,
     method="PCL",

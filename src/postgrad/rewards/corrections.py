@@ -20,6 +20,7 @@ from postgrad.rewards.functions import (
     load_function,
     trial,
 )
+from postgrad.tasks.formats import stated_answer
 
 SIMPLE, WITH_ANSWER = "simple", "simple-gt"
 BUILT_IN = (SIMPLE, WITH_ANSWER)
@@ -85,6 +86,5 @@ class Corrections:
 
 def _said(row: Mapping[str, Any], right: bool, kind: str) -> str:
     text = "This solution is correct." if right else "This solution is incorrect."
-    if kind == SIMPLE or row.get("answer") is None:
-        return text
-    return f"{text} The correct answer is {row['answer']}."
+    answer = stated_answer(row)
+    return text if kind == SIMPLE or not answer else f"{text} The correct answer is {answer}."

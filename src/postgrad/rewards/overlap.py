@@ -47,6 +47,12 @@ def _f1(shared: int, found: int, wanted: int) -> float:
     return 2 * shared / (found + wanted) if shared else 0.0
 
 
+def word_f1(text: str, reference: str) -> float:
+    """F1 of two sets of words, in lower case, with punctuation taken for spaces."""
+    found, wanted = (set(re.sub(r"[^\w\s]|_", " ", t.lower()).split()) for t in (text, reference))
+    return _f1(len(found & wanted), len(found), len(wanted))
+
+
 def keyword_rewards(
     keywords: Iterable[str],
     reference: str,

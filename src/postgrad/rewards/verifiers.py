@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from postgrad.errors import MissingExtra, PostgradError, unknown
 from postgrad.rewards import overlap
+from postgrad.rewards.unit_tests import code
 
 Rewards = list[float]
 Function = Callable[..., Rewards]
@@ -238,6 +239,43 @@ def rouge(kind: Literal["mean", "rouge1", "rouge2", "rougeL"] = "mean") -> Funct
     return score
 
 
+def f1(tag: str = "answer", penalty: float = -2.0) -> Function:
+    """F1 of the words of the answer given with those of `answer`, the best of them if it is a list.
+
+    The answer given is the text in the last `<answer>` tags (or other ones: `tag`; the whole
+    completion if that is empty). Words are compared as sets, in lower case and without punctuation.
+    A completion without the tags, or with one that is not closed, is worth `penalty`.
+    """
+    if not isinstance(tag, str) or not re.fullmatch(r"\w*", tag):
+        raise PostgradError(f"reward 'f1': tag must be a word such as answer, got {tag!r}")
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float):
+        raise PostgradError(f"reward 'f1': penalty must be a number, got {penalty!r}")
+    opening, closing = f"<{tag}>", f"</{tag}>"
+
+    def given(completion: str) -> str | None:
+        if not tag:
+            return completion
+        _, found, after = completion.rpartition(opening)
+        balanced = completion.count(opening) == completion.count(closing)
+        return after.partition(closing)[0] if found and balanced and closing in after else None
+
+    def score(completions: list[str], answer: list[Any]) -> Rewards:
+        rewards = []
+        for completion, true in zip(completions, answer, strict=True):
+            found = given(completion)
+            forms = true if isinstance(true, list) else [true]
+            if not forms:
+                raise PostgradError("reward 'f1': the list of answers is empty")
+            rewards.append(
+                float(penalty)
+                if found is None
+                else max(overlap.word_f1(found, str(form)) for form in forms)
+            )
+        return rewards
+
+    return score
+
+
 VERIFIERS: dict[str, Callable[..., Function]] = {
     "exact": exact,
     "numeric": numeric,
@@ -247,4 +285,6 @@ VERIFIERS: dict[str, Callable[..., Function]] = {
     "format": form,
     "length": length,
     "rouge": rouge,
+    "f1": f1,
+    "code": code,
 }

@@ -1,6 +1,7 @@
 """Responses in several turns: the policy calls a tool, reads what it says, and writes on."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,9 +29,11 @@ class Tool(Protocol):
 
     Attributes:
         stop: the strings that end a turn with a call.
+        parallel: how many sessions may be at work at a time, each in a thread of its own.
     """
 
     stop: tuple[str, ...]
+    parallel: int
 
     def session(self, row: Mapping[str, Any]) -> Session:
         """A new conversation about a row of data."""
@@ -80,7 +83,8 @@ def converse(
         raise ValueError(f"{len(prompts)} prompts, {len(rows)} rows and {len(seeds)} seeds")
     talks = [_Talk(prompt.to(policy.device)) for prompt in prompts]
     turns = replace(settings, stop=(*settings.stop, *tool.stop))
-    sessions = [tool.session(row) for row in rows]
+    sessions = {i: tool.session(row) for i, row in enumerate(rows)}
+    pool = ThreadPoolExecutor(tool.parallel)
     try:
         active = list(range(len(talks)))
         for turn in range(max_turns):
@@ -91,19 +95,21 @@ def converse(
                 seeds=[seeds[i] if turn == 0 else derive(seeds[i], "turn", turn) for i in active],
                 limits=[settings.max_new_tokens - talks[i].length for i in active],
             )
+            calls: dict[int, Future[str | None]] = {}
+            for i, tokens, text, logprobs, ended in zip(
+                active, drawn.responses, drawn.texts, drawn.logprobs, drawn.finished, strict=True
+            ):
+                talks[i].add(tokens, turn, logprobs)
+                talks[i].finished = bool(ended)
+                at_a_call = any(text.rstrip().endswith(word) for word in tool.stop)
+                if ended and at_a_call and int(tokens[-1]) not in policy.end_tokens:
+                    calls[i] = pool.submit(sessions[i].reply, text)
             going_on = []
-            for place, i in enumerate(active):
-                tokens, text = drawn.responses[place], drawn.texts[place]
-                talks[i].add(tokens, turn, drawn.logprobs[place])
-                if not bool(drawn.finished[place]):
-                    continue
-                called = int(tokens[-1]) not in policy.end_tokens and any(
-                    text.rstrip().endswith(word) for word in tool.stop
-                )
-                said = sessions[i].reply(text) if called else None
-                talks[i].finished = said is None
+            for i, call in calls.items():
+                said = call.result()
                 if said is None:
                     continue
+                talks[i].finished = False
                 reply = policy.encode_response(said, end=False)
                 room = min(
                     settings.max_new_tokens - talks[i].length,
@@ -112,12 +118,13 @@ def converse(
                 if len(reply) < room:
                     talks[i].add(reply, turn)
                     going_on.append(i)
+            _close([sessions.pop(i) for i in set(active).difference(going_on)], tool.parallel)
             active = going_on
             if not active:
                 break
     finally:
-        for session in sessions:
-            session.close()
+        pool.shutdown(cancel_futures=True)
+        _close(list(sessions.values()), tool.parallel)
     responses = [talk.so_far[len(talk.prompt) :] for talk in talks]
     return Conversations(
         prompts=[talk.prompt for talk in talks],
@@ -128,6 +135,33 @@ def converse(
         written=[torch.cat(talk.written) for talk in talks],
         turns=[torch.cat(talk.turns) for talk in talks],
     )
+
+
+def _close(sessions: Sequence[Session], parallel: int) -> None:
+    with ThreadPoolExecutor(parallel) as pool:
+        for closing in [pool.submit(session.close) for session in sessions]:
+            closing.result()
+
+
+def first_replies(written: Tensor, turns: Tensor, lengths: Tensor) -> Tensor:
+    """Where in each response `[N]` the first call has been answered, or -1 where none has.
+
+    It is the place of the first token that follows the call: of the reply or, if that is empty, of
+    the next turn.
+
+    Args:
+        written: `[N, T]` bool, the policy's own tokens.
+        turns: `[N, T]`, numbers of the turns, from 0.
+        lengths: `[N]`, tokens of each response.
+    """
+    if not written.shape == turns.shape or len(lengths) != len(turns):
+        raise ValueError(
+            f"written and turns must be [N, T] and lengths [N], got {list(written.shape)}, "
+            f"{list(turns.shape)} and {list(lengths.shape)}"
+        )
+    inside = torch.arange(turns.shape[1], device=turns.device) < lengths[:, None]
+    after = (~written | (turns > 0)) & inside
+    return torch.where(after.any(1), after.int().argmax(1), -1)
 
 
 class _Talk:

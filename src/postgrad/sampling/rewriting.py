@@ -3,7 +3,7 @@
 import re
 
 SHORTEST, LONGEST = 10, 2000
-_FENCED = re.compile(r"```[^\n`]*\n?(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"```(?:\w*\n)?(.*?)```", re.DOTALL)
 
 
 def extract_rewrite(output: str) -> str | None:

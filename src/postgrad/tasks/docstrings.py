@@ -94,7 +94,7 @@ def load_docstrings(split: str, settings: dict[str, Any], seed: int) -> Examples
 def _triples(test: bool, limit: int, stream: str) -> list[Row]:
     modules: dict[str, list[Function]] = {}
     for function in _functions():
-        if _in_test_split(function.module) == test:
+        if in_test_split(function.module) == test:
             modules.setdefault(function.module, []).append(function)
     rows = []
     for module, functions in modules.items():
@@ -121,7 +121,7 @@ def _triples(test: bool, limit: int, stream: str) -> list[Row]:
     return rows
 
 
-def _in_test_split(module: str) -> bool:
+def in_test_split(module: str) -> bool:
     digest = hashlib.blake2b(module.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < TEST_SHARE * 2**64
 
@@ -133,7 +133,7 @@ def _functions() -> tuple[Function, ...]:
     A sentence that begins several functions' docstrings belongs to the first of them only.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(_sources(root))
+    paths = sorted(stdlib_sources(root))
     if not paths:
         raise PostgradError(f"docstrings: no Python sources in the standard library at {root}")
     unique: dict[str, Function] = {}
@@ -146,13 +146,13 @@ def _functions() -> tuple[Function, ...]:
     return tuple(unique.values())
 
 
-def _sources(folder: Path) -> Iterator[Path]:
+def stdlib_sources(folder: Path) -> Iterator[Path]:
     """The Python files below `folder`, without tests, tables and installed packages."""
     for entry in folder.iterdir():
         if entry.name in _SKIPPED or entry.name.startswith(("test_", "_sysconfigdata")):
             continue
         if entry.is_dir():
-            yield from _sources(entry)
+            yield from stdlib_sources(entry)
         elif entry.suffix == ".py":
             yield entry
 

@@ -10,7 +10,7 @@ from typing import Any
 from postgrad.errors import PostgradError, unknown
 from postgrad.tasks.formats import Format, Row, check_columns, known, missing, normalise, recognise
 
-EMBEDDED = ("docstrings", "addition")
+EMBEDDED = ("docstrings", "addition", "stdlib-questions")
 REASONING_GYM = "reasoning-gym/"
 # From a normalised row and its place to rows that are normalised next.
 Conversion = Callable[[Row, str], list[Row]]

@@ -9,7 +9,7 @@ responses) is the plain text of one assistant turn. Other columns are kept for r
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from postgrad.errors import PostgradError, unknown
@@ -132,6 +132,12 @@ def is_messages(value: Any) -> bool:
         and bool(value)
         and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
     )
+
+
+def stated_answer(row: Mapping[str, Any]) -> str | None:
+    """A row's answer; of a solution that ends by `#### answer`, as GSM8K's, what stands there."""
+    answer = row.get("answer")
+    return None if answer is None else str(answer).rpartition("####")[2].strip()
 
 
 def edited(prompt: str | list[Row], change: Callable[[str], str]) -> str | list[Row]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.errors import PostgradError, unknown
-from postgrad.tasks import addition, docstrings, reasoning
+from postgrad.tasks import addition, docstrings, documentation, reasoning
 from postgrad.tasks.examples import EMBEDDED, REASONING_GYM, Examples
 from postgrad.tasks.files import is_file_name, read_file
 from postgrad.tasks.hub import is_hub_name, read_hub
@@ -26,9 +26,10 @@ def load(
     """Examples by name.
 
     Args:
-        name: an embedded task (`docstrings`, `addition`, `reasoning-gym/TASK`), a local `.jsonl`,
-            `.json`, `.csv` or `.parquet` file (the first three also gzipped), or a data set on the
-            Hugging Face Hub, `owner/name` or `owner/name:config`.
+        name: an embedded task (`docstrings`, `addition`, `stdlib-questions`,
+            `reasoning-gym/TASK`), a local `.jsonl`, `.json`, `.csv` or `.parquet` file (the first
+            three also gzipped), or a data set on the Hugging Face Hub, `owner/name` or
+            `owner/name:config`.
         split: `train` or `test` of an embedded task, any split of a data set on the Hub; a file
             has one, `train`. A part in brackets: `train[:90%]`, `train[90%:]`, `train[:500]`.
         format: one of `postgrad.tasks.FORMATS`; recognised from the columns when None.
@@ -79,6 +80,8 @@ def _embedded(name: str, split: str, settings: dict[str, Any], seed: int) -> Exa
         return docstrings.load_docstrings(split, settings, seed)
     if name == "addition":
         return addition.load_addition(split, settings, seed)
+    if name == documentation.NAME:
+        return documentation.load_questions(split, settings, seed)
     return reasoning.load_reasoning(name.removeprefix(REASONING_GYM), split, settings, seed)
 
 

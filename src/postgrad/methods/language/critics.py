@@ -1,11 +1,16 @@
 """A second network beside the policy that reads its tokens: a critic, a guide …"""
 
+import torch
+from torch import Tensor
+
+from postgrad.batch import Batch
 from postgrad.errors import PostgradError
-from postgrad.methods.base import Place
+from postgrad.methods.base import Metrics, Place
 from postgrad.methods.language.base import LanguageSettings
 from postgrad.models.language import LanguagePolicy
 from postgrad.models.scalar import ScalarModel, load_scalar
 from postgrad.models.text_network import TextNetwork
+from postgrad.objectives.advantage_regression import success_loss
 
 
 def find_critic(
@@ -41,3 +46,19 @@ def require_readable(
             f"{key}: {name} has a context of {other.context_length} tokens, but prompts and "
             f"responses may have {longest}: shorten them or name another"
         )
+
+
+def chance_loss(critic: ScalarModel, states: Batch) -> tuple[Tensor, Metrics]:
+    """The share in the loss of a critic that learns chances of success, and how far it is off.
+
+    V(s) = sigmoid(critic) is read at the end of the prompts (with the responses, if any), and
+    `success` `[n]` is the share of completions that succeeded. `least_loss` is what V = success
+    would have.
+    """
+    logits = critic.rewards(states.prompts, states.responses)
+    success = states.success.to(logits.device)
+    least = -(torch.xlogy(success, success) + torch.xlogy(1 - success, 1 - success))
+    return success_loss(logits, success).sum() / states.items, {
+        "error": float((logits.detach().sigmoid() - success).abs().mean()),
+        "least_loss": float(least.mean()),
+    }

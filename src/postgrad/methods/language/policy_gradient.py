@@ -135,10 +135,14 @@ class SampledPolicyGradient(Method):
         batch = self.estimator.prepared(batch, self._with_entropies)
         if not bool(batch.mask.any()):
             raise NothingToLearn("every response of the step was left out")
-        if self.needs_old_logprobs and "old_logprobs" not in batch:
-            with timed("scoring"), torch.no_grad():
-                batch = batch.with_fields(old_logprobs=self._score(batch).logprobs.cpu())
-        return batch
+        return self.with_old_logprobs(batch) if self.needs_old_logprobs else batch
+
+    def with_old_logprobs(self, batch: Batch) -> Batch:
+        """The batch with the log-probabilities that its tokens have now, unless it has any."""
+        if "old_logprobs" in batch:
+            return batch
+        with timed("scoring"), torch.no_grad():
+            return batch.with_fields(old_logprobs=self._score(batch).logprobs.cpu())
 
     @property
     def needs_old_logprobs(self) -> bool:

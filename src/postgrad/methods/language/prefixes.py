@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postgrad.advantages.steps import state_means
 from postgrad.batch import Batch
 from postgrad.methods.language.base import RolloutSettings
 from postgrad.models.language import LanguagePolicy
@@ -118,6 +119,24 @@ def tried_steps(
 def first_of_each(state: Tensor) -> Tensor:
     """The place of the first item of every state, whose items follow each other in `[n]`."""
     return torch.cat([torch.zeros(1, dtype=torch.long), state.diff().nonzero().squeeze(1) + 1])
+
+
+def states_of(tried: Batch) -> Batch:
+    """The states of tried steps, with the share `success` of their completions that succeeded.
+
+    The steps have the fields `group` and `step` besides those of `tried_steps`.
+    """
+    first = first_of_each(tried.state)
+    success = state_means(tried.outcomes, tried.counts, tried.state)
+    states = tried.select(first)
+    return Batch(
+        prompts=states.prompts,
+        responses=[prompt[:0] for prompt in states.prompts],
+        success=success,
+        group=states.group,
+        step=states.step,
+        cost=states.shared_cost,
+    )
 
 
 def flattened(steps: Batch) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Around:
         prompts: a step.
         samples: responses to a prompt.
         updates: optimiser steps a rollout.
-        stale: whether an older policy samples.
+        stale: whether samples of an older policy are learnt from.
         rows: the training data; a batch's `row` `[N]` counts in it. Empty where a method has none.
     """
 
@@ -138,8 +138,8 @@ def require_one_update(around: Around, what: str) -> None:
         )
     if around.stale:
         raise PostgradError(
-            f"sync_every, sync_delay: {what} takes the policy to be the one that sampled, so "
-            "expected 1 and 0: no older policy may sample"
+            f"sync_every, sync_delay, replay: {what} takes the policy to be the one that sampled, "
+            "so expected 1, 0 and 0: no older policy may sample"
         )
 
 

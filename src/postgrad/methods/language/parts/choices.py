@@ -4,6 +4,7 @@ from postgrad.config import Choice
 
 _PARTS = "postgrad.methods.language.parts"
 _METHODS = "postgrad.methods.language.verifiable"
+_AGENTS = "postgrad.methods.agents"
 
 
 class MaskChoice(Choice):
@@ -42,6 +43,8 @@ class AdvantageChoice(Choice):
         "gtpo": f"{_METHODS}.gtpo:LessEntropy",
         "copo": f"{_METHODS}.copo:Consistency",
         "single-stream": f"{_METHODS}.spo_single_stream:SingleStream",
+        "early-call": f"{_AGENTS}.aspo:EarlyCall",
+        "turns": f"{_AGENTS}.turn_credit:Turns",
         "riskpo": f"{_METHODS}.riskpo:BundledRisk",
         "red-drop": f"{_METHODS}.rec:Dropped",
         "red-weight": f"{_METHODS}.rec:Weighted",

@@ -29,7 +29,7 @@ from postgrad.sampling.difficulty import (
     solve_counts,
 )
 from postgrad.sampling.rewriting import extract_rewrite, reveals
-from postgrad.tasks.formats import Row, edited
+from postgrad.tasks.formats import Row, edited, stated_answer
 
 _SCRIPT, _CODE = "official script", "official code"
 _NAMES = {EASY: "easy", MEDIUM: "medium", HARD: "hard"}
@@ -102,6 +102,7 @@ class CLPO(SolvingPolicyGradient):
     """
 
     Config = CLPOSettings
+    several_turns = False
     recipe = {**SolvingPolicyGradient.recipe, "warmup_steps": 10}
     config: CLPOSettings
 
@@ -177,7 +178,8 @@ class CLPO(SolvingPolicyGradient):
         room = self.policy.context_length - self.config.rollout.max_new_tokens
         prompts: list[Tensor | None] = []
         for problem, text in zip(problems, texts, strict=True):
-            if text is None or reveals(text, str(problem["prompt"]), str(problem["answer"])):
+            answer = stated_answer(problem) or ""
+            if text is None or reveals(text, str(problem["prompt"]), answer):
                 prompts.append(None)
                 continue
             prompt = render_prompt(self.policy, self.data, _put(text, problem["prompt"]))
@@ -188,14 +190,16 @@ class CLPO(SolvingPolicyGradient):
         config, asked = self.config, []
         for problem, is_hard in zip(problems, hard, strict=True):
             text = config.rewrite_hard if is_hard else config.rewrite_medium
-            text = text.replace("{answer}", str(problem["answer"]))
+            text = text.replace("{answer}", stated_answer(problem) or "")
             asked.append(render_prompt(self.policy, self.data, _filled(text, problem["prompt"])))
         fits = [i for i, p in enumerate(asked) if len(p) < self.policy.context_length]
         texts: list[str | None] = [None] * len(problems)
         if fits:
             settings = {
-                "max_new_tokens": config.rewrite_tokens, "temperature": config.rewrite_temperature
-            }  # fmt: skip
+                "max_new_tokens": config.rewrite_tokens,
+                "temperature": config.rewrite_temperature,
+                "stop": [],
+            }
             drawn = draw_responses(
                 self.policy,
                 [asked[i] for i in fits],
@@ -219,7 +223,7 @@ class CLPO(SolvingPolicyGradient):
         }
         returned = rewriter.call(available, self.config.reward_time_limit)
         texts = expect_list(returned, len(problems), rewriter.title, "texts")
-        return [None if text is None else extract_rewrite(str(text)) for text in texts]
+        return [text if isinstance(text, str) and text.strip() else None for text in texts]
 
     def selected(self, batch: Batch) -> Batch:
         """The groups of which some responses are right and some are not, with their KL's scale."""

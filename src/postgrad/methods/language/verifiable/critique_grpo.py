@@ -84,6 +84,7 @@ class CritiqueGRPO(SolvingPolicyGradient):
     """
 
     Config = CritiqueGRPOSettings
+    several_turns = False
     parts = FourParts(
         mask="none",
         denominator="responses: the policy that sampled; refinements: 1",

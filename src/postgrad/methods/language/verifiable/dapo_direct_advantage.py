@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from postgrad.advantages.steps import balanced, clear_states, state_means, step_advantages
+from postgrad.advantages.steps import balanced, clear_states, step_advantages
 from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.errors import PostgradError
@@ -21,18 +21,18 @@ from postgrad.methods.language.base import (
     require_minibatches,
 )
 from postgrad.methods.language.comparisons import SCORING_TOKENS
-from postgrad.methods.language.critics import find_critic
+from postgrad.methods.language.critics import chance_loss, find_critic
 from postgrad.methods.language.prefixes import (
     Splitter,
     completions,
-    first_of_each,
     flattened,
     restored,
+    states_of,
     tried_steps,
 )
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
 from postgrad.models.scalar import ScalarModel
-from postgrad.objectives.advantage_regression import advantage_regression, success_loss
+from postgrad.objectives.advantage_regression import advantage_regression
 from postgrad.objectives.pairwise import sequence_logprobs
 from postgrad.sampling.epochs import Epochs
 from postgrad.sampling.generation import Rollouts
@@ -304,24 +304,13 @@ class DirectAdvantage(Method):
         return metrics
 
     def _learn_values(self, tried: Batch, optimise: Optimise) -> Metrics:
-        config = self.config
-        states = _states_of(tried)
+        config, critic = self.config, self.critic
+        assert critic is not None
         parts = prompt_minibatches(
-            states, config.critic_epochs, config.critic_minibatches, self.place.seed
+            states_of(tried), config.critic_epochs, config.critic_minibatches, self.place.seed
         )
-        every = [optimise(self.value_loss, part, "critic") for part in parts]
+        every = [optimise(lambda part: chance_loss(critic, part), p, "critic") for p in parts]
         return {f"critic/{n}": sum(m[n] for m in every) / len(every) for n in every[0]}
-
-    def value_loss(self, states: Batch) -> tuple[Tensor, Metrics]:
-        """The critic's."""
-        assert self.critic is not None
-        logits = self.critic.rewards(states.prompts, states.responses)
-        success = states.success.to(logits.device)
-        least = success_loss(torch.logit(success.double()), success.double())
-        return success_loss(logits, success).sum() / states.items, {
-            "error": float((logits.detach().sigmoid() - success).abs().mean()),
-            "least_loss": float(least.nan_to_num().mean()),
-        }
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         logprobs = self._logprobs(batch)
@@ -345,7 +334,7 @@ class DirectAdvantage(Method):
                 "steps_a_state": len(batch) / len(batch.state.unique()),
                 "advantage/spread": float(batch.advantages.std(correction=0)),
             }
-        states = _states_of(batch)
+        states = states_of(batch)
         return {
             "reward": float(states.success.mean()),
             "states": float(len(states)),
@@ -384,21 +373,6 @@ class DirectAdvantage(Method):
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder)
-
-
-def _states_of(tried: Batch) -> Batch:
-    """The states of gathered steps, with the share `success` of the completions that succeeded."""
-    first = first_of_each(tried.state)
-    success = state_means(tried.outcomes, tried.counts, tried.state)
-    states = tried.select(first)
-    return Batch(
-        prompts=states.prompts,
-        responses=[prompt[:0] for prompt in states.prompts],
-        success=success,
-        group=states.group,
-        step=states.step,
-        cost=states.shared_cost,
-    )
 
 
 def _mean(values: Tensor) -> float:

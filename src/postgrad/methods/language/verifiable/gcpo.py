@@ -88,6 +88,7 @@ class GCPO(PolicyGradient):
     """
 
     Config = GCPOSettings
+    several_turns = False
     config: GCPOSettings
 
     def __init__(
@@ -108,6 +109,10 @@ class GCPO(PolicyGradient):
                     f"{getattr(config, name)!r}"
                 )
         super().__init__(config, place, reward=reward, **given)
+        if config.contrast == "prompted" and self.tool is not None:
+            raise PostgradError(
+                "tool: contrast=prompted asks for single turns: contrast=partition goes with tools"
+            )
         if config.contrast == "prompted":
             self._asked = [self._instructed(text) for text in (config.ask_for, config.ask_not)]
 
@@ -120,53 +125,48 @@ class GCPO(PolicyGradient):
     def rewarded(
         self, rollouts: Rollouts, step: int, *, row: Tensor, group: Tensor, **fields: Any
     ) -> Batch:
-        samples, index = self.config.rollout.samples, row[:: self.config.rollout.samples]
+        ordinary, index = len(row), row[:: self.config.rollout.samples]
+        prompted = self.config.contrast == "prompted"
+        if prompted:
+            each = 2 * self.config.contrast_samples
+            rollouts = _together(rollouts, self.asked(index.tolist(), step))
+            row = torch.cat([row, index.repeat_interleave(each)])
+            others = len(index) + torch.arange(len(index))
+            group = torch.cat([group, others.repeat_interleave(each)])
         correct, terms = self.accuracy(rollouts, row)
-        if self.config.contrast == "partition":
-            contrast = group_contrast_mask(
-                correct.view(-1, samples),
-                self.behaves(rollouts).view(-1, samples),
-                self.config.tolerance,
-            )
-            mask = contrast[group]
-        else:
-            others, other_row = self.asked(index.tolist(), step)
-            other_correct, other_terms = self.accuracy(others, other_row)
-            asked_for = torch.arange(2 * self.config.contrast_samples).view(1, -1)
-            asked_for = (asked_for < self.config.contrast_samples).expand(len(index), -1)
-            contrast = group_contrast_mask(
-                other_correct.view(len(index), -1), asked_for, self.config.tolerance
-            )
-            mask = contrast[group]
-            if self.config.train_contrast:
-                other_group = torch.arange(len(index)).repeat_interleave(asked_for.shape[1])
-                rollouts, row = _together(rollouts, others), torch.cat([row, other_row])
-                correct = torch.cat([correct, other_correct])
-                terms = {name: torch.cat([terms[name], other_terms[name]]) for name in terms}
-                group = torch.cat([group, len(index) + other_group])
-                mask = torch.cat([mask, contrast[other_group]])
-        worth = self.worth(rollouts, correct, mask)
-        return rollout_batch(
+        behaves = self.behaves(rollouts)
+        contrast = self.contrast(correct, behaves, ordinary)[group % len(index)]
+        worth = self.worth(rollouts, correct, contrast)
+        batch = rollout_batch(
             rollouts,
             step,
             group=group,
             row=row,
             reward=torch.stack(list(worth.values())).sum(0),
             terms={**terms, **worth},
-            contrast=mask,
-            behaves=self.behaves(rollouts),
+            contrast=contrast,
+            behaves=behaves,
             **fields,
         )
+        if prompted and not self.config.train_contrast:
+            return batch.select(torch.arange(ordinary))
+        return batch
 
-    def asked(self, index: list[int], step: int) -> tuple[Rollouts, Tensor]:
-        """Responses to rows `index` that are asked for the behaviour, and asked not to.
-
-        Those of a row together, first those with it; and the row `[N]` of each.
-        """
+    def asked(self, index: list[int], step: int) -> Rollouts:
+        """Responses to rows `index`, those of a row together: asked for the behaviour, then not."""
         prompts = [asked[i] for i in index for asked in self._asked]
-        samples = self.config.contrast_samples
-        rollouts = self.roll_out(prompts, "contrast", step, samples=samples)
-        return rollouts, torch.tensor(index).repeat_interleave(2 * samples)
+        return self.roll_out(prompts, "contrast", step, samples=self.config.contrast_samples)
+
+    def contrast(self, correct: Tensor, behaves: Tensor, ordinary: int) -> Tensor:
+        """M `[P]`, of accuracies `[N]`, of which the first are of the `ordinary` responses."""
+        if self.config.contrast == "partition":
+            shape = (-1, self.config.rollout.samples)
+            correct, behaves = correct.view(shape), behaves.view(shape)
+        else:
+            each = 2 * self.config.contrast_samples
+            correct = correct[ordinary:].view(-1, each)
+            behaves = (torch.arange(each) < each // 2).expand_as(correct)
+        return group_contrast_mask(correct, behaves, self.config.tolerance)
 
     def accuracy(self, rollouts: Rollouts, row: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The verifier's reward `[N]`, 0 for a wrong format, and its terms."""

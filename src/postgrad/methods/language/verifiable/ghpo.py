@@ -16,7 +16,7 @@ from postgrad.methods.language.parts.choices import AdvantageChoice
 from postgrad.methods.language.verifiable.solving import SolvingPolicyGradient, SolvingSettings
 from postgrad.sampling.difficulty import of_groups, solve_counts
 from postgrad.sampling.hints import HintUnit, make_hint
-from postgrad.tasks.formats import Row, edited
+from postgrad.tasks.formats import Row, edited, stated_answer
 
 _CODE = "official code"
 _HINT = "{hint}"
@@ -78,6 +78,7 @@ class GHPO(SolvingPolicyGradient):
     """
 
     Config = GHPOSettings
+    several_turns = False
     config: GHPOSettings
 
     def __init__(
@@ -107,7 +108,7 @@ class GHPO(SolvingPolicyGradient):
 
     def _hint(self, row: Row, solution: str, ratio: float) -> str | list[Row]:
         config = self.config
-        answer = str(row["answer"]) if config.spare_answer and "answer" in row else None
+        answer = stated_answer(row) if config.spare_answer else None
         hint = make_hint(solution, ratio, config.hint_unit, answer)
         added = config.hint_text.replace(_HINT, hint) if hint else ""
         return edited(row["prompt"], lambda text: text + added)

@@ -71,6 +71,7 @@ class HPT(SolvingPolicyGradient):
     """
 
     Config = HPTSettings
+    several_turns = False
     recipe = {**SolvingPolicyGradient.recipe, "learning_rate": 5e-6, "steps": 500}
     parts = FourParts(
         mask="none",

@@ -170,7 +170,9 @@ class PCL(PolicyGradient):
 
 
 def _by_prompt(batch: Batch) -> Batch:
-    """Each prompt once: with its mean reward `target` and the value that was `expected` `[P]`."""
+    """The prompts of a step, each once: with the mean reward `target` `[P]`, and what of it was
+    `expected` `[P]`."""
+    batch = batch.select((batch.step == batch.step[0]).nonzero().squeeze(1))  # nothing replayed
     groups = batch.group.unique()
     first = torch.stack([(batch.group == group).nonzero()[0, 0] for group in groups])
     prompts = [batch.prompts[i] for i in first.tolist()]

@@ -1,5 +1,6 @@
 """Policy gradient from a reward, composed of any four parts."""
 
+from contextlib import nullcontext
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from postgrad.batch import Batch
 from postgrad.config import setting
+from postgrad.errors import PostgradError
 from postgrad.methods.agents.tools import ToolChoice, made_tool
 from postgrad.methods.base import Metrics, Place
 from postgrad.methods.language.base import Given, render_prompts
@@ -17,7 +19,8 @@ from postgrad.methods.language.rollouts import rollout_batch
 from postgrad.models.snapshots import LaggingPolicy
 from postgrad.sampling.conversations import converse
 from postgrad.sampling.generation import Rollouts, generate
-from postgrad.seeding import derive
+from postgrad.sampling.past import PastSamples
+from postgrad.seeding import derive, generator
 from postgrad.timing import timed
 
 
@@ -31,6 +34,10 @@ class RewardedPolicyGradientSettings(RewardedSettings, PolicyGradientSettings):
         1, "steps between the updates of the policy that samples; above 1 it lags behind", gt=0
     )
     sync_delay: int = setting(0, "steps until such an update arrives", ge=0)
+    replay: int = setting(
+        0, "prompts a step whose responses are of earlier steps, besides the fresh ones", ge=0
+    )
+    replay_steps: int = setting(8, "how many steps back they reach", gt=0)
 
 
 class PolicyGradient(SampledPolicyGradient):
@@ -45,14 +52,18 @@ class PolicyGradient(SampledPolicyGradient):
     published methods are such choices, most of them with one part of their own; a new one is often
     a configuration. Besides, token losses are added up by `aggregation`, a KL to the initial policy
     or to the sampler and an entropy bonus can be added, and rollouts can serve several steps
-    (`epochs`, `minibatches`), or come from an older policy (`sync_every`, `sync_delay`), as where
-    sampling and training run side by side. A subclass changes which prompts are sampled (`choose`),
-    how (`sampled`), what responses are worth (`judge`), or which of them count (`selected`).
+    (`epochs`, `minibatches`), come from an older policy (`sync_every`, `sync_delay`), as where
+    sampling and training run side by side, or be joined by those of earlier steps, which keep the
+    probabilities that they were sampled with (`replay`).
+
+    A subclass changes which prompts are sampled (`choose`), how (`sampled`), what responses are
+    worth (`judge`), or which of them count (`selected`).
     """
 
     Config = RewardedPolicyGradientSettings
     recipe = {"precision": "auto", "learning_rate": 1e-6, "steps": 100}
     data_format: ClassVar[str | tuple[str, ...]] = "prompts"
+    several_turns: ClassVar[bool] = True  # whether responses may have a tool in them
     config: RewardedPolicyGradientSettings
 
     def __init__(
@@ -63,12 +74,18 @@ class PolicyGradient(SampledPolicyGradient):
         reward: Any = None,
         **given: Unpack[Given],
     ):
+        if config.tool.name != "none" and not self.several_turns:
+            raise PostgradError(
+                f"tool: this method writes responses in one turn: expected none, got "
+                f"{config.tool.name!r}"
+            )
         super().__init__(config, place, self.data_format, given, held_out_formats="prompts")
         self.reward = TaskReward(config, self.data, reward)
         self.tool = made_tool(config.tool)
         self.sampler: LaggingPolicy | None = None
-        if self.stale:
+        if config.sync_every > 1 or config.sync_delay > 0:
             self.sampler = LaggingPolicy(self.policy, config.sync_every, config.sync_delay)
+        self.past = PastSamples(config.replay_steps) if config.replay else None
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         if self.held_out is not None:
@@ -79,14 +96,26 @@ class PolicyGradient(SampledPolicyGradient):
 
     def collect(self, step: int) -> Batch:
         index = self.choose(step)
-        if self.sampler is None:
-            return self.learnable(self.sampled(index, step))
-        with self.sampler.acting(step):
-            return self.learnable(self.sampled(index, step))
+        with self.sampler.acting(step) if self.sampler is not None else nullcontext():
+            batch = self.sampled(index, step)
+            if self.past is not None:
+                batch = self._with_past(batch, self.past)
+            return self.learnable(batch)
+
+    def _with_past(self, fresh: Batch, past: PastSamples) -> Batch:
+        """Fresh responses, and others of earlier steps with the probabilities they had then."""
+        fresh = self.with_old_logprobs(fresh)
+        random = generator(self.place.seed, "replay", int(fresh.step[0]))
+        earlier = past.draw(self.config.replay, random)
+        past.add(fresh)
+        if earlier is None:
+            return fresh
+        return fresh.joined(earlier.with_fields(group=earlier.group + int(fresh.group.max()) + 1))
 
     @property
     def stale(self) -> bool:
-        return self.config.sync_every > 1 or self.config.sync_delay > 0
+        config = self.config
+        return config.sync_every > 1 or config.sync_delay > 0 or config.replay > 0
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -150,20 +179,29 @@ class PolicyGradient(SampledPolicyGradient):
         return batch
 
     def describe_batch(self, batch: Batch) -> Metrics:
+        replayed = {}
+        if self.past is not None:
+            now = batch.step[0]
+            replayed["replay/age"] = float((now - batch.step).float().mean())
+            batch = batch.select((batch.step == now).nonzero().squeeze(1))
+        described = {**super().describe_batch(batch), **replayed}
         if self.config.rollout.samples == 1:
-            return super().describe_batch(batch)
+            return described
         groups = [batch.reward[batch.group == group] for group in batch.group.unique()]
         degenerate = sum(bool((group == group[0]).all()) for group in groups) / len(groups)
-        return {**super().describe_batch(batch), "reward/degenerate_groups": degenerate}
+        return {**described, "reward/degenerate_groups": degenerate}
 
     def state_dict(self) -> dict[str, Any]:
-        lagging = {"sampler": self.sampler.state_dict()} if self.sampler is not None else {}
-        return {**super().state_dict(), **lagging}
+        others = {"sampler": self.sampler, "past": self.past}
+        kept = {name: other.state_dict() for name, other in others.items() if other is not None}
+        return {**super().state_dict(), **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if self.sampler is not None:
             self.sampler.load_state_dict(state["sampler"])
+        if self.past is not None:
+            self.past.load_state_dict(state["past"])
 
     def evaluate(self) -> Metrics:
         """Mean reward of greedy completions on held-out prompts."""

@@ -107,14 +107,16 @@ class BundledRisk(Advantage):
         self._silent = float((advantages == 0).float().mean())
         return shared_out(advantages, bundle, batch.reward, batch.group, config.credit)
 
-    def _quantiles(self, sets: Tensor) -> list[Tensor]:
+    def _quantiles(self, sets: Tensor) -> tuple[Tensor, Tensor]:
         """Both quantiles that these scores `[sets, bundles]` are measured by; follows them."""
         if self.config.quantiles == "set":
             levels = torch.tensor([self.config.low, self.config.high], dtype=sets.dtype)
-            return list(sets.quantile(levels, dim=1, keepdim=True))
+            low, high = sets.quantile(levels, dim=1, keepdim=True)
+            return low, high
         values = self._tracker.values  # of earlier steps: they may not depend on these samples
         self._tracker.update(sets.flatten())
-        return list(values if len(values) else self._tracker.values)
+        low, high = values if len(values) else self._tracker.values
+        return low, high
 
     def _scale(self, sets: Tensor) -> Tensor:
         whole = self.config.scale == "batch" or sets.shape[1] == 1

@@ -77,6 +77,7 @@ class SingleStream(Advantage):
         return batch_standardised(spread_to_tokens(surprise, batch.mask), batch.mask)
 
     def after(self, batch: Batch, score: Scoring) -> None:
+        batch = batch.select((batch.step == batch.step[0]).nonzero().squeeze(1))  # nothing replayed
         keep = torch.full((len(batch),), self.config.keep_low)
         if self.config.forgetting == "adaptive":
             keep = kept_share(
@@ -86,6 +87,8 @@ class SingleStream(Advantage):
                 self.config.half_life,
             )
             now = score(batch).cpu()
+            if "written" in batch:  # what a tool said tells nothing of the policy
+                now = now.masked_fill(~batch.written, torch.nan)
             for i, row in enumerate(batch.row.tolist()):
                 tokens = batch.responses[i].cpu()
                 self._visits[row] = tokens, now[i, : len(tokens)]
@@ -98,8 +101,7 @@ class SingleStream(Advantage):
         if known:
             tokens, before = zip(*(self._visits[int(batch.row[i])] for i in known), strict=True)
             earlier = Batch(prompts=[batch.prompts[i] for i in known], responses=list(tokens))
-            lengths = torch.tensor([len(response) for response in tokens])
-            mask = torch.arange(int(lengths.max())) < lengths[:, None]
+            mask = pad([~logprobs.isnan() for logprobs in before])
             shifts[known] = policy_shift(pad(list(before)), score(earlier).cpu(), mask)
         return shifts
 
@@ -186,6 +188,7 @@ class SPO(PolicyGradient):
     """
 
     Config = SPOSettings
+    several_turns = False
     config: SPOSettings
 
     def __init__(

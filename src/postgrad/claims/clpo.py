@@ -1,0 +1,70 @@
+"""CLPO's claim: problems that the policy rewrites for itself teach it to solve the originals."""
+
+from typing import Any
+
+from postgrad.claims.base import Claim, Finding, Outcome
+from postgrad.claims.worked_sums import (
+    REWRITE,
+    SAMPLES,
+    STEPS,
+    TESTED,
+    TOKENS,
+    trained,
+    untrained,
+    warmed_up,
+)
+
+METRIC = "accuracy on letters sums"
+RATE = 3e-4
+CLPO: dict[str, Any] = {
+    "learning_rate": RATE,
+    "rewrite_hard": REWRITE,
+    "rewrite_medium": REWRITE,
+    "rewrite_tokens": TOKENS,
+    "rollout": {"samples": SAMPLES, "max_new_tokens": TOKENS},
+}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CLPO": ("clpo", CLPO),
+    "CLPO without rewriting": ("clpo", {**CLPO, "rewrite": "none"}),
+    "CLPO with the same KL for all": ("clpo", {**CLPO, "kl_scale_hard": 1.0}),
+    "GRPO": (
+        "grpo",
+        {
+            "learning_rate": RATE,
+            "aggregation": "token-mean",
+            "kl_coefficient": 0.001,
+            "rollout": CLPO["rollout"],
+        },
+    ),
+}
+
+
+def run(arm: str, seed: int, quick: bool) -> Outcome:
+    steps, tested = (4, 50) if quick else (STEPS, TESTED)
+    policy = untrained(seed) if quick else warmed_up(seed, "letters")
+    slug, settings = ARMS[arm]
+    return trained(slug, policy, seed, steps, tested, letters=True, **settings)
+
+
+CLAIM = Claim(
+    slug="clpo",
+    statement="With problems that the policy itself puts into words it understands better, and "
+    "a weaker KL on hard ones, it learns to solve more of the originals than with GRPO.",
+    task="short sums written in letters for digits: a small transformer that works out sums of "
+    "digits, turns letters into digits when asked to, and solves few sums in letters; "
+    f"{STEPS} steps of 32 fresh sums in letters with 8 samples; accuracy of greedy answers to "
+    f"{TESTED} unseen sums in letters",
+    metric=METRIC,
+    higher_is_better=True,
+    method="CLPO",
+    baseline="GRPO",
+    arms=tuple(ARMS),
+    run=run,
+    notes="",
+    findings=(
+        Finding("Rewriting helps beyond leaving out what has no signal", METRIC, "CLPO",
+                "CLPO without rewriting"),
+        Finding("A weaker KL on hard problems helps", METRIC, "CLPO",
+                "CLPO with the same KL for all"),
+    ),
+)  # fmt: skip
