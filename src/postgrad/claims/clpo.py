@@ -60,7 +60,11 @@ CLAIM = Claim(
     baseline="GRPO",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="Learning rate 3e-4 for all arms, the same as in the claim of HPT; no other was "
+    "compared. On seed 100, which is not reported, after a shorter warm-up, CLPO and GRPO "
+    "both went from 0.06 to 0.8 within 15 steps: reward alone teaches this wording quickly. "
+    "Three of five problems that failed throughout came back through a rewrite with a "
+    "signal. A rewrite is always the same sum in digits, for medium problems too.",
     findings=(
         Finding("Rewriting helps beyond leaving out what has no signal", METRIC, "CLPO",
                 "CLPO without rewriting"),

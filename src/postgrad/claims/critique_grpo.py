@@ -55,7 +55,12 @@ CLAIM = Claim(
     baseline="GRPO with twice the samples",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="Learning rate 3e-4 for all arms, the same as in the claim of HPT; no other was "
+    "compared. The critique names the answer, as simple-gt does, in the few words of this "
+    "world. Nearly all refinements that are kept are right (0.98 on seed 100), since the "
+    "policy has learnt in advance to mend workings of long sums. GRPO is without clip and "
+    "with the mean as baseline, as responses are in Critique-GRPO; it differs in the "
+    "refinements alone.",
     findings=(
         Finding("It solves more than GRPO with as many samples in its loss", METRIC,
                 "Critique-GRPO", "GRPO"),

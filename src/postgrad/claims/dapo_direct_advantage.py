@@ -31,9 +31,9 @@ EVERY, CHECKED, TESTED = 6, 32, 250  # strings a prompt
 ACTIONS, DEPTH, ROUNDS, TREE_BETA = 4, 4, 30, 0.2
 
 # learning rates and beta: see the notes
-_CRITIC = {"critic_rate": 3.0, "critic_epochs": 4, "critic_minibatches": 4}
+_CRITIC = {"critic_rate": 3.0, "critic_epochs": 2, "critic_minibatches": 4}
 ARMS: dict[str, dict[str, Any]] = {
-    "DAPO": {"values": "critic", "learning_rate": 3e-4, "beta": 0.1, **_CRITIC},
+    "DAPO": {"values": "critic", "learning_rate": 3e-4, "beta": 0.03, **_CRITIC},
     "outcomes": {"values": "outcomes", "learning_rate": 3e-4, "beta": 0.1},
     "GRPO": {"learning_rate": 3e-4},
 }
@@ -172,5 +172,16 @@ CLAIM = Claim(
     findings=(
         Finding("DAPO reaches more than GRPO from about as many tokens.", METRIC, "DAPO", "GRPO"),
     ),
-    notes="",
+    notes="Tried on seed 100, which is not reported: for both regressions beta 0.1, 0.03 and 0.01 "
+    "(best: 0.03 with the critic, 0.1 with outcomes, 0.77 and 0.95); for the critic also 1, "
+    "2, 4 and 6 epochs, two learning rates, twice the states with half the completions, and "
+    "1e-3 for the policy; for GRPO 3e-4 and 1e-3, both of which end at 1.00. One round of "
+    "either regression improves the policy much, but there less with the critic: trained from "
+    "the policy's body on 1600 states its chances correlate with those measured by about 0.45 "
+    "on new states, while eight completions a state tell eight letters apart well enough. The "
+    "paper's critic is a pretrained model of 7B parameters. On addition, where it would have "
+    "to check sums, such a critic learnt next to nothing. GRPO samples anew in every step. "
+    "The values called tree are exact: a random tree of four choices among four, rounds of "
+    "the regression's minimiser with the last one's as reference; the paper's theorem is that "
+    "no state's improvement is below 0.",
 )

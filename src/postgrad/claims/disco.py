@@ -117,5 +117,5 @@ CLAIM = Claim(
     "proportional to sqrt(p (1 - p)), and under DisCO-b the same for all p. The allowance of "
     "1e-4 is meant for learning rates near 1e-6; here it is 1e-3. All arms have the learning "
     "rate that is best for GRPO in its own claim, 3e-4 of 1e-4, 3e-4 and 1e-3; on seed 100, "
-    "with other sums than those reported, DisCO came to 0.80.",
+    "with other sums than those reported, GRPO came to 0.83 and DisCO to 0.80.",
 )

@@ -52,7 +52,10 @@ CLAIM = Claim(
     baseline="GRPO",
     arms=tuple(ARMS),
     run=run,
-    notes="",
+    notes="Learning rate 3e-4 for all arms, the same as in the claim of HPT; no other was "
+    "compared. A hint is a number of whole lines of the workings, and the response goes on "
+    "from there. GHPO samples failing prompts up to four times; the value called "
+    "hint/responses counts what it samples a step, of which GRPO takes 256 or 512.",
     findings=(
         Finding("GHPO learns more than GRPO with twice the samples, which is what its hints cost "
                 "at most", METRIC, "GHPO", "GRPO with twice the samples"),

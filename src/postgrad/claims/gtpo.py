@@ -1,4 +1,4 @@
-"""GTPO's claim: at a high learning rate it keeps the format that GRPO loses."""
+"""GTPO's claim: from the same samples it learns more than GRPO, and keeps the form of answers."""
 
 import re
 from typing import Any
@@ -52,7 +52,7 @@ _LOOP = {"schedule": "constant", "weight_decay": 0.0, "clip_norm": 1.0}
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    own = {"learning_rate": 1e-3, **ARMS[arm]}
+    own = {"learning_rate": 1e-4, **ARMS[arm]}
     slug = own.pop("slug")
     steps, tested = (4, 100) if quick else (STEPS, TESTED)
     policy = untrained(seed) if quick else warmed_up(seed, form=FORM)
@@ -104,8 +104,8 @@ def format_kept(policy: LanguagePolicy, test: list[Row]) -> float:
 
 CLAIM = Claim(
     slug="gtpo",
-    statement="At a learning rate that unsettles GRPO, GTPO keeps the form of answers and ends at "
-    "a higher accuracy.",
+    statement="From the same samples GTPO, which never lowers what good and bad responses share "
+    "and leaves out uncertain ones, learns more than GRPO.",
     task="addition with the answer in brackets, `<8110>`: a small transformer, warmed up until it "
     f"solves about half of the 3-digit sums; {STEPS} steps of {PROMPTS} prompts (a third "
     f"each of 1, 2 and 3 digits) with {SAMPLES} samples, 1 for the form and 1 for the sum; "
@@ -126,5 +126,9 @@ CLAIM = Claim(
         ),
         Finding("So do the conflict tokens", METRIC, "GTPO", "GTPO without conflicts"),
     ),
-    notes="",
+    notes="Learning rates 1e-4, 3e-4 and 1e-3 were tried for GTPO and GRPO on seed 100, with other "
+    "sums than those reported, over a third of the steps; 1e-4 was best for both (0.65 and "
+    "0.61 of 300 sums, from 0.48; 3e-4 0.55 and 0.56). At 1e-3 both unlearn the sums (0.06 "
+    "and 0.14) and keep the form: what the paper sees GRPO lose late in training is not lost "
+    "here. Schedule, weight decay and clipping are the same for all arms.",
 )

@@ -131,11 +131,12 @@ CLAIM = Claim(
         Finding("OTR learns as much of the new task.", "accuracy on the new task", "OTR", "SFT"),
     ),
     notes="Of the learning rates 3e-5, 1e-4, 3e-4, 1e-3 and 3e-3 the first was best by the metric "
-    "for every arm on seed 100, which is not reported (3e-5 and 1e-4: SFT 0.77 and 0.62, OTR 0.73 "
-    "and 0.57; larger ones, in part from an earlier start, leave little of the old task whatever "
-    "the method). There OTR forgot no less than SFT where it had learnt as much: at 1e-4 SFT "
-    "keeps 0.69 of the old task when it solves 0.76 of the new one, OTR 0.60 at 0.78. OTR and "
-    "dynamic fine-tuning (DFT) hardly differ. K is 64, a vocabulary of about a hundred tokens "
-    "needs no more; beta and kappa are the defaults. The first model is the warmed-up one after "
-    "200 steps on sums and differences, since OTR teaches nothing that the policy never says.",
+    "for every arm on seed 100, which is not reported (3e-5 and 1e-4: SFT 0.77 and 0.62, OTR "
+    "0.73 and 0.57; larger ones, in part from an earlier start, leave little of the old task "
+    "whatever the method). There OTR forgot no less than SFT where it had learnt as much: at "
+    "1e-4 SFT keeps 0.69 of the old task when it solves 0.76 of the new one, OTR 0.60 at "
+    "0.78. OTR and dynamic fine-tuning (DFT) hardly differ. K is 64, a vocabulary of about a "
+    "hundred tokens needs no more; beta and kappa are the defaults. The first model is the "
+    "warmed-up one after 200 steps on sums and differences, since OTR teaches nothing that "
+    "the policy never says.",
 )

@@ -20,6 +20,12 @@ METRIC, USEFUL, COST = "accuracy", "useful responses", "responses for each that 
 _SAME = {"mask": "none", "advantage": "centred", "aggregation": "sequence-mean"}
 ARMS: dict[str, dict[str, Any]] = {
     "PCL": {"learning_rate": 3e-4, "pool_factor": POOL_FACTOR, "value_rate": 3.0},
+    "PCL, a quarter in turn": {
+        "learning_rate": 3e-4,
+        "pool_factor": POOL_FACTOR,
+        "value_rate": 3.0,
+        "uniform_share": 0.25,
+    },
     "prompts in turn": {"learning_rate": 3e-4, **_SAME},
     "dynamic sampling": {"learning_rate": 3e-4, **_SAME},
 }
@@ -44,7 +50,7 @@ def run(arm: str, seed: int, quick: bool) -> Outcome:
 
     curves: dict[str, list[tuple[float, float]]] = {METRIC: [(0, start)]}
     for step, metrics in train_in_steps(
-        "pcl" if arm == "PCL" else "policy-gradient",
+        "pcl" if arm.startswith("PCL") else "policy-gradient",
         seed,
         {"model": policy, "data": data, "reward": matches},
         collect,
@@ -135,5 +141,11 @@ CLAIM = Claim(
             "PCL",
         ),
     ),
-    notes="",
+    notes="No learning rate was tuned for this claim: 3e-4 is GRPO's best on such sums. In 60 "
+    "steps on seed 100, which is not reported, PCL had more useful responses than prompts "
+    "in turn (0.70 to 0.41) and learnt less (0.78 to 0.85): after the first steps it took "
+    "the value of 3-digit sums for that of the products, whose digits they share, hardly "
+    "chose them any more, and so never learnt better. The arm that draws a quarter of its "
+    "prompts whatever their value is the remedy that suggests itself; the paper does "
+    "without.",
 )

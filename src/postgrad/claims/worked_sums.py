@@ -1,6 +1,6 @@
 """Sums of several terms with their workings: the set-up of the claims on guidance from outside.
 
-A prompt is a sum of two to five digits in a fixed width, a response its partial sums, a line each:
+A prompt is a sum of two to four digits in a fixed width, a response its partial sums, a line each:
 `3+5+7+2  =` → `08`, `15`, `17`. A small transformer learns to work out short sums, and from poor
 workings of long ones, in which most lines forget to add a term, their form. So it solves long sums
 hardly ever, and could. A response is right if its last line is the answer.
@@ -23,12 +23,12 @@ from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.tasks.formats import Row
 
-SHORT, LONG = (2, 3), (5,)  # terms of easy and hard sums
-MOST = LONG[-1]
+SHORT, LONG = (2, 3), (4,)  # terms of easy and hard sums
+WIDTH = 9  # of a sum without its equals sign
 LETTERS = "abcdefghij"
 # what the policy is asked a second time, in this world's few words
 REFINEMENT, REWRITE = "{prompt}{response}!{critique}=", "{prompt}~"
-STEPS, PROMPTS, SAMPLES, EVERY, TESTED = 60, 32, 8, 15, 1000
+STEPS, PROMPTS, SAMPLES, EVERY, TESTED = 75, 32, 8, 15, 1000
 CURVES = {
     "reward",
     "reward/degenerate_groups",
@@ -39,8 +39,8 @@ CURVES = {
     "rewrite/usable",
     "rewrite/rescued",
 }
-TOKENS = 3 * (MOST - 1)  # two digits and a line end or the end for each partial sum
-_STEPS, _BATCH, _RATE, _LONG_SHARE, _FORGOTTEN = 300, 96, 3e-3, 0.4, 0.7
+TOKENS = 3 * (LONG[-1] - 1)  # two digits and a line end or the end for each partial sum
+_STEPS, _BATCH, _RATE, _LONG_SHARE, _FORGOTTEN = 450, 96, 3e-3, 0.4, 0.75
 
 
 def row(chance: random.Random, terms: int) -> Row:
@@ -56,7 +56,7 @@ def row(chance: random.Random, terms: int) -> Row:
 
 
 def prompt(digits: Sequence[int]) -> str:
-    return "+".join(map(str, digits)).ljust(2 * MOST - 1) + "="
+    return "+".join(map(str, digits)).ljust(WIDTH) + "="
 
 
 def terms_of(prompt: str) -> list[int]:
@@ -122,9 +122,9 @@ SKILLS = {"none": None, "refinement": refinement, "letters": about_letters}
 def warmed_up(seed: int, skill: str = "none") -> LanguagePolicy:
     """The policy that the claims start from; a cached function of its arguments.
 
-    With a `skill` half of what it learns from is that, for twice as many steps.
+    With a `skill` half of what it learns from is that, for half as many steps again.
     """
-    steps = _STEPS if skill == "none" else 2 * _STEPS
+    steps = _STEPS if skill == "none" else _STEPS * 3 // 2
     key = {
         "seed": seed,
         "skill": skill,
