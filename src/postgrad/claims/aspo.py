@@ -17,7 +17,7 @@ from postgrad.tasks.formats import Row
 STEPS, PROMPTS, SAMPLES = 60, 16, 8
 TOKENS, TURNS, FILLER = 36, 3, 20
 EVALUATE_EVERY, TESTED = 10, 500
-WARM_UP_STEPS, DEMONSTRATIONS = 200, 26_000
+WARM_UP_STEPS, DEMONSTRATIONS = 150, 20_000
 WITHOUT_CALL, WRONG_CALL = 0.2, 0.3
 ACCURACY, FIRST = "accuracy", "tokens before the first call's result"
 

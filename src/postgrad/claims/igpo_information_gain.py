@@ -15,7 +15,7 @@ STEPS, PROMPTS, SAMPLES = 30, 16, 8
 TOKENS, TURNS = 24, 4
 EVALUATE_EVERY, TESTED = 5, 500
 WARM_UP_STEPS, DEMONSTRATIONS = 140, 18_000
-USEFUL = 0.2, 0.8
+USEFUL = 0.25, 0.8
 KEYS, FURTHER, FOUND = (
     string.ascii_lowercase[:10],
     string.ascii_lowercase[10:20],
@@ -42,7 +42,7 @@ def asked(count: int, stream: str) -> list[Row]:
 def demonstrations(count: int, stream: str) -> list[Row]:
     """What the warm-up shows: how to look things up, mostly wrong ones, and how to read replies.
 
-    Every second row is a whole response: one to three look-ups, a fifth of them on purpose, and the
+    Every second row is a whole response: one to three look-ups, a quarter of them on purpose, and the
     right answer whatever they found. In the others mostly useful look-ups stand in the prompt.
     """
     choose = random.Random(f"{stream} responses")
@@ -149,7 +149,7 @@ CLAIM = Claim(
     "whose groups often earn the same.",
     task="the value of the value of a key in a random table, which can be looked up: a small "
     "transformer, shown how to read what was found, and responses with one to three look-ups "
-    "of which a fifth are on purpose; 30 steps "
+    "of which a quarter are on purpose; 30 steps "
     "of 16 questions with 8 samples in at most 4 turns; 500 sampled responses to other questions",
     metric=ACCURACY,
     higher_is_better=True,
