@@ -42,8 +42,8 @@ def asked(count: int, stream: str) -> list[Row]:
 def demonstrations(count: int, stream: str) -> list[Row]:
     """What the warm-up shows: how to look things up, mostly wrong ones, and how to read replies.
 
-    Every second row is a whole response: one to three look-ups, a quarter of them on purpose, and the
-    right answer whatever they found. In the others mostly useful look-ups stand in the prompt.
+    Every second row is a whole response: one to three look-ups, a quarter of them on purpose, and
+    the right answer whatever they found. In the others mostly useful look-ups stand in the prompt.
     """
     choose = random.Random(f"{stream} responses")
     rows: list[Row] = []
