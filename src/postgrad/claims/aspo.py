@@ -1,0 +1,165 @@
+"""ASPO's claim: calls come earlier at the same accuracy; a bonus in the reward costs accuracy."""
+
+import random
+from typing import Any
+
+import torch
+
+from postgrad.advantages.shaping import shaped_rewards
+from postgrad.claims.base import Claim, Finding, Outcome
+from postgrad.claims.calling_tools import conversations, right, shown, untrained
+from postgrad.claims.stepping import train_in_steps
+from postgrad.methods.agents.tools import Calculator, CalculatorSettings, calculated
+from postgrad.models.language import LanguagePolicy
+from postgrad.sampling.conversations import first_replies
+from postgrad.tasks.formats import Row
+
+STEPS, PROMPTS, SAMPLES = 60, 16, 8
+TOKENS, TURNS, FILLER = 36, 3, 20
+EVALUATE_EVERY, TESTED = 10, 500
+WARM_UP_STEPS, DEMONSTRATIONS = 150, 20_000
+WITHOUT_CALL, WRONG_CALL = 0.2, 0.3
+ACCURACY, FIRST = "accuracy", "tokens before the first call's result"
+
+
+def asked(count: int, stream: str) -> list[Row]:
+    """Small sums to be computed, `7*8+5=`, whose values have two digits."""
+    choose = random.Random(stream)
+    rows: list[Row] = []
+    for _ in range(count):
+        what = f"{choose.randint(3, 9)}*{choose.randint(3, 9)}+{choose.randint(1, 9)}"
+        rows.append({"prompt": f"{what}=", "answer": calculated(what)})
+    return rows
+
+
+def demonstrations(count: int, stream: str) -> list[Row]:
+    """0 to 20 dots, then mostly a call, some of them wrong, and what the calculator says."""
+    choose = random.Random(f"{stream} responses")
+    rows: list[Row] = []
+    for row in asked(count, stream):
+        what = row["prompt"].removesuffix("=")
+        text = "." * choose.randint(0, FILLER)
+        if choose.random() < WITHOUT_CALL:
+            text += f"={choose.randint(10, 90)}"
+        else:
+            if choose.random() < WRONG_CALL:
+                place = choose.choice((0, 2, 4))
+                what = what[:place] + choose.choice("3456789") + what[place + 1 :]
+            text += f"[{what}]{calculated(what)}={calculated(what)}"
+        rows.append({"prompt": row["prompt"], "completion": text})
+    return rows
+
+
+def rewarded_when_early(
+    prompts: list[str], completions: list[str], answer: list[str]
+) -> list[float]:
+    """The paper's equation 1: correct responses with an early call have a bonus in the reward."""
+    correct = torch.tensor(right(completions, answer))
+    place = torch.tensor([float(text.find("]") + 1) for text in completions])
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    group = torch.tensor([numbers[prompt] for prompt in prompts])
+    shaped: list[float] = shaped_rewards(
+        correct, (correct == 1) & (place > 0), place, group
+    ).tolist()
+    return shaped
+
+
+# learning rates: see the notes
+ARMS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "ASPO": ("aspo", right, {"learning_rate": 3e-4}),
+    "DAPO": ("dapo", right, {"learning_rate": 3e-4}),
+    "DAPO, bonus in the reward": ("dapo", rewarded_when_early, {"learning_rate": 3e-4}),
+}
+
+
+def warmed_up(seed: int) -> LanguagePolicy:
+    rows = demonstrations(DEMONSTRATIONS, f"warm-up {seed}")
+    return shown("calculator", seed, rows, WARM_UP_STEPS)
+
+
+def run(arm: str, seed: int, quick: bool) -> Outcome:
+    policy = untrained(seed) if quick else warmed_up(seed)
+    slug, reward, settings = ARMS[arm]
+    steps, tested = (3, 40) if quick else (STEPS, TESTED)
+    return trained(slug, reward, settings, policy, seed, steps, tested)
+
+
+def trained(
+    slug: str,
+    reward: Any,
+    settings: dict[str, Any],
+    policy: LanguagePolicy,
+    seed: int,
+    steps: int,
+    tested: int,
+) -> Outcome:
+    """Train on fresh sums; test sampled responses to others."""
+    test = asked(tested, "aspo claim")
+    training = train_in_steps(
+        slug,
+        seed,
+        {"model": policy, "data": asked(PROMPTS * steps, f"claim {seed}"), "reward": reward},
+        steps=steps,
+        batch_size=PROMPTS,
+        rollout={"samples": SAMPLES, "max_new_tokens": TOKENS},
+        tool="calculator",
+        max_turns=TURNS,
+        most_rounds=2,
+        **settings,
+    )
+    curves: dict[str, list[tuple[float, float]]] = {ACCURACY: [], FIRST: []}
+
+    def look(step: int, rows: list[Row]) -> dict[str, float]:
+        found = measured(policy, rows)
+        for name, points in curves.items():
+            points.append((step, found[name]))
+        return found
+
+    look(0, test)
+    for step, _ in training:
+        if step % EVALUATE_EVERY == 0 and step < steps:
+            look(step, test[:200])
+    return Outcome(look(steps, test), curves)
+
+
+def measured(policy: LanguagePolicy, rows: list[Row]) -> dict[str, float]:
+    """Of sampled responses: how many are right, how many call, and when."""
+    tool = Calculator(CalculatorSettings())
+    made = conversations(policy, rows, tool, tokens=TOKENS, turns=TURNS, temperature=1.0)
+    places = torch.cat([
+        first_replies(written[None], turns[None], torch.tensor([len(turns)]))
+        for written, turns in zip(made.written, made.turns, strict=True)
+    ])  # fmt: skip
+    called = places >= 0
+    correct = right(made.texts, [row["answer"] for row in rows])
+    return {
+        ACCURACY: sum(correct) / len(rows),
+        # without any call the limit stands for its place
+        FIRST: float(torch.where(called, places, TOKENS).float().mean()),
+        "share with a call": float(called.float().mean()),
+    }
+
+
+CLAIM = Claim(
+    slug="aspo",
+    statement="Shaping the advantage makes the policy call its tool earlier than DAPO does.",
+    task="sums such as 7*8+5 with a calculator: a small transformer, shown responses that begin "
+    "with 0 to 20 dots, a fifth of them without a call and three tenths of the calls wrong; 60 "
+    "steps of 16 prompts with 8 samples; 500 sampled responses to other draws of the same sums; a "
+    "response without a call counts as one at the limit of 36 tokens",
+    metric=FIRST,
+    higher_is_better=False,
+    method="ASPO",
+    baseline="DAPO",
+    arms=tuple(ARMS),
+    run=run,
+    findings=(
+        Finding(
+            "ASPO is more accurate than DAPO with the same preference as a bonus in the reward.",
+            ACCURACY,
+            "ASPO",
+            "DAPO, bonus in the reward",
+        ),
+    ),
+    notes="",
+)
