@@ -116,7 +116,8 @@ CLAIM = Claim(
     ),
     notes="Tuned on seed 100, with other sums than those reported. Learning rates 1e-4 and 3e-4 "
     "were tried for GRPO over 20 steps: 0.73 and 0.77 of 300 sums; 1e-4 gave D3S 0.74. All "
-    "arms have 3e-4. At the end of a whole run D3S was at 0.88 after 76 thousand tokens, GRPO "
-    "at 0.87 after 153 thousand; both pass 0.55 within ten steps, so the threshold is 0.8. "
-    "D3S's share of responses grows from a quarter, that of tokens from a half, both to all.",
+    "arms have 3e-4. At the end of a whole run D3S was at 0.88 after 76 thousand tokens, "
+    "GRPO at 0.87 after 153 thousand; both pass 0.55 within ten steps, so the threshold is "
+    "0.8. D3S's share of responses grows from a quarter, that of tokens from a half, both "
+    "to all.",
 )

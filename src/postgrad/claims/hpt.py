@@ -41,8 +41,8 @@ CLAIM = Claim(
     arms=tuple(ARMS),
     run=run,
     notes="Learning rate 3e-4 for all arms. On seed 100, which is not reported, 1e-3 was tried "
-    "for HPT alone and cost it more of the short sums; no other rate was compared. Dr. "
-    "GRPO is HPT with a gate of -1, so without clip; supervised fine-tuning sees one "
+    "for HPT alone and cost it more of the short sums; no other rate was compared. Dr. GRPO "
+    "is HPT with a gate of -1, so without clip; supervised fine-tuning sees one "
     "demonstration a prompt. Here the policy can come upon the answer of a long sum by "
     "chance, so reinforcement is not without any signal.",
     findings=(

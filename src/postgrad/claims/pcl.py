@@ -142,10 +142,10 @@ CLAIM = Claim(
         ),
     ),
     notes="No learning rate was tuned for this claim: 3e-4 is GRPO's best on such sums. In 60 "
-    "steps on seed 100, which is not reported, PCL had more useful responses than prompts in turn "
-    "(0.70 to 0.41) and learnt less (0.78 to 0.85): after the first steps it hardly chose 3-digit "
-    "sums any more, probably because products, with the same digits, had taught the value model "
-    "that such prompts are never solved, and what is not chosen is not learnt better. The arm that "
-    "draws a quarter of its prompts whatever their value is the remedy that suggests itself; the "
-    "paper does without.",
+    "steps on seed 100, which is not reported, PCL had more useful responses than prompts "
+    "in turn (0.70 to 0.41) and learnt less (0.78 to 0.85): after the first steps it hardly "
+    "chose 3-digit sums any more, probably because products, with the same digits, had "
+    "taught the value model that such prompts are never solved, and what is not chosen is "
+    "not learnt better. The arm that draws a quarter of its prompts whatever their value is "
+    "the remedy that suggests itself; the paper does without.",
 )
