@@ -141,11 +141,13 @@ CLAIM = Claim(
             "PCL",
         ),
     ),
-    notes="No learning rate was tuned for this claim: 3e-4 is GRPO's best on such sums. In 60 "
-    "steps on seed 100, which is not reported, PCL had more useful responses than prompts "
-    "in turn (0.70 to 0.41) and learnt less (0.78 to 0.85): after the first steps it hardly "
-    "chose 3-digit sums any more, probably because products, with the same digits, had "
-    "taught the value model that such prompts are never solved, and what is not chosen is "
-    "not learnt better. The arm that draws a quarter of its prompts whatever their value is "
-    "the remedy that suggests itself; the paper does without.",
+    notes="The task is a second version: on thirds of 1, 2 and 3 digits, tested on 3 digits, "
+    "prompts in turn had been ahead as well (0.85 to 0.80, seed 100). No learning rate was "
+    "tuned for this claim: 3e-4 is GRPO's best on such sums. In 60 steps on seed 100, which "
+    "is not reported, PCL had more useful responses than prompts in turn (0.70 to 0.41) and "
+    "learnt less (0.78 to 0.85): after the first steps it hardly chose 3-digit sums any "
+    "more, probably because products, with the same digits, had taught the value model that "
+    "such prompts are never solved, and what is not chosen is not learnt better. The arm "
+    "that draws a quarter of its prompts whatever their value is the remedy that suggests "
+    "itself; the paper does without.",
 )

@@ -142,10 +142,11 @@ CLAIM = Claim(
         ),
     ),
     notes="Learning rates 3e-4 and 1e-3 were tried for SPO and GRPO on seed 100, which is not "
-    "reported: 1e-3 spoils both (0.70 and 0.44, after 0.84 and 0.79 at 3e-4); the other arms, "
-    "which differ from SPO in one part, take its rate. All arms make one optimiser step a "
-    "batch and have no value before the first step: with 8 responses to every prompt of the "
-    "pool SPO would sample 19 steps more than GRPO. The tracking error is that of the two "
-    "trackers on 2000 Bernoulli variables whose logits drift, by small steps and for a sixth "
-    "of the time by large ones; it has nothing to do with the arms' policies.",
+    "reported: at 3e-4 SPO reached 0.84 in 120 steps and GRPO 0.79 in 80, at 1e-3 0.70 and "
+    "0.44; the other arms, which differ from SPO in one part, take its rate. All arms make "
+    "one optimiser step a batch and have no value before the first step: with 8 responses "
+    "to every prompt of the pool SPO would sample 19 steps more than GRPO. The tracking "
+    "error is that of the two trackers on 2000 Bernoulli variables whose logits drift, by "
+    "small steps and for a sixth of the time by large ones; it has nothing to do with the "
+    "arms' policies.",
 )
