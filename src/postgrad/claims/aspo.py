@@ -14,7 +14,7 @@ from postgrad.models.language import LanguagePolicy
 from postgrad.sampling.conversations import first_replies
 from postgrad.tasks.formats import Row
 
-STEPS, PROMPTS, SAMPLES = 60, 16, 8
+STEPS, PROMPTS, SAMPLES = 30, 16, 8
 TOKENS, TURNS, FILLER = 36, 3, 20
 EVALUATE_EVERY, TESTED = 10, 500
 WARM_UP_STEPS, DEMONSTRATIONS = 150, 20_000
@@ -144,7 +144,7 @@ CLAIM = Claim(
     slug="aspo",
     statement="Shaping the advantage makes the policy call its tool earlier than DAPO does.",
     task="sums such as 7*8+5 with a calculator: a small transformer, shown responses that begin "
-    "with 0 to 20 dots, a fifth of them without a call and three tenths of the calls wrong; 60 "
+    "with 0 to 20 dots, a fifth of them without a call and three tenths of the calls wrong; 30 "
     "steps of 16 prompts with 8 samples; 500 sampled responses to other draws of the same sums; a "
     "response without a call counts as one at the limit of 36 tokens",
     metric=FIRST,
@@ -161,5 +161,7 @@ CLAIM = Claim(
             "DAPO, bonus in the reward",
         ),
     ),
-    notes="",
+    notes="Learning rate 3e-4 for all arms; no other was compared. In 15 steps on seed 100, which "
+    "is not reported, ASPO came to an accuracy of 0.94 with its first call answered at "
+    "token 8, DAPO to 0.90 and token 10, from 0.51 and token 21.",
 )

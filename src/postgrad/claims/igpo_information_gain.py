@@ -168,5 +168,10 @@ CLAIM = Claim(
         Finding("Gains and outcome together teach more than gains alone.", ACCURACY, "IGPO",
                 "gains alone"),
     ),
-    notes="",
+    notes="Learning rate 3e-4 for all arms. On seed 100, which is not reported, in a world whose "
+    "warm-up has 35 % of look-ups on purpose, 25 steps brought IGPO to 0.90, its later "
+    "version to 0.86 and GRPO to 0.85, from 0.10. In a sparser world, of 20 % and no table "
+    "where a key is missing, IGPO learnt the first look-up and then answered at once (0.05 "
+    "after 40 steps), and at 1e-3 collapsed: normalised together with the outcomes, a "
+    "further turn without a gain counts against a response.",
 )  # fmt: skip
