@@ -90,6 +90,7 @@ def update_turn_by_turn(
     """Let a prepared GRPO learn from the same samples in every turn."""
     import torch
 
+    from postgrad.methods.language.rollouts import rollout_batch
     from postgrad.sampling.generation import Rollouts
     from postgrad.training.optimise import Optimisers
 
@@ -106,15 +107,8 @@ def update_turn_by_turn(
     while turns.begin():
         reward = torch.randn(len(responses))
         optimise.set_step(step)
-        batch = method.batch_of(
-            rollouts,
-            step,
-            group=group,
-            advantages=method.advantages(reward, group),
-            reward=reward,
-            terms={},
-        )
-        method.update(batch, optimise)
+        batch = rollout_batch(rollouts, step, group=group, reward=reward, terms={})
+        method.update(method.learnable(batch), optimise)
         step += 1
         turns.end(tokens=sum(map(len, responses)))
 

@@ -183,7 +183,7 @@ def test_any_method_can_call_and_learns_by_its_own_tokens_alone():
 
 
 def test_methods_of_single_turns_refuse_a_tool(tmp_path):
-    for slug in ("ghpo", "clpo", "critique-grpo", "gcpo", "hpt", "spo-single-stream"):
+    for slug in ("ghpo", "clpo", "critique-grpo", "hpt"):
         with pytest.raises(PostgradError, match=r"tool: .* one turn: expected none, got 'calcul"):
             train(
                 slug, data=ROWS, reward=digits, tool="calculator", steps=1, output=tmp_path, **SMALL

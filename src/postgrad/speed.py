@@ -15,6 +15,7 @@ from torch import Tensor
 
 from postgrad.api import prepare
 from postgrad.errors import unknown
+from postgrad.methods.language.rollouts import rollout_batch
 from postgrad.models.embedded import tiny_tokenizer
 from postgrad.models.language import LanguagePolicy
 from postgrad.products import product
@@ -146,10 +147,8 @@ def measure(
 
     def update() -> None:
         reward = torch.randn(rows, generator=random)
-        batch = method.batch_of(  # type: ignore[attr-defined]
-            rollouts, 0, group=group, advantages=reward, reward=reward, terms={}
-        )
-        method.update(batch, optimise)
+        batch = rollout_batch(rollouts, 0, group=group, reward=reward, terms={})
+        method.update(method.learnable(batch), optimise)  # type: ignore[attr-defined]
 
     updating = clock(update)
     parameters = sum(p.numel() for p in policy.parameters())

@@ -166,7 +166,7 @@ def on_opinions(arm: str, seed: int, rate: float, quick: bool) -> Outcome:
     }
     if arm == "REINFORCE":
         slug = "grpo"
-        settings |= {"normalise": "none", "aggregation": "sequence-sum-constant"}
+        settings |= {"advantage": "centred", "aggregation": "sequence-sum-constant"}
     else:
         slug = "f-dpg"
         settings |= {"target": "binary", "divergence": NAMES[arm]}

@@ -181,7 +181,7 @@ def on_opinions(
     else:
         # the same policy gradient on the scores, less their mean in the group
         slug = "grpo"
-        settings = {"normalise": "none", "aggregation": "sequence-sum-constant"}
+        settings = {"advantage": "centred", "aggregation": "sequence-sum-constant"}
         objects["reward"] = RewardModel("newest" in arm)
     shares = [tones(policy, seed, 0)]
     training = train_in_steps(

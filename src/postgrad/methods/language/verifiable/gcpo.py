@@ -88,7 +88,6 @@ class GCPO(PolicyGradient):
     """
 
     Config = GCPOSettings
-    several_turns = False
     config: GCPOSettings
 
     def __init__(

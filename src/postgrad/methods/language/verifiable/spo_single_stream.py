@@ -188,7 +188,6 @@ class SPO(PolicyGradient):
     """
 
     Config = SPOSettings
-    several_turns = False
     config: SPOSettings
 
     def __init__(
