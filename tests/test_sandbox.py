@@ -21,7 +21,6 @@ from postgrad.rewards.confined import walls
 from postgrad.rewards.sandbox import ISOLATIONS, STRONG, Interpreter, Limits, Sandbox
 from postgrad.rewards.unit_tests import extract
 
-HUMANEVAL = Path("/work/shared/data/humaneval/HumanEval.jsonl.gz")
 HERE = [name for name in ISOLATIONS if sandbox.why_not(name) is None]
 BEST = next((name for name in STRONG if name in HERE), None)
 pytestmark = pytest.mark.skipif(BEST is None, reason="no strong isolation here")
@@ -927,12 +926,49 @@ def test_inputs_and_outputs():
     assert rewards(completions, spec=partly, **columns) == [1, 0.5, 0]
 
 
-@pytest.mark.skipif(not HUMANEVAL.exists(), reason="HumanEval is not here")
-def test_humaneval():
-    with gzip.open(HUMANEVAL) as file:
-        rows = [json.loads(line) for line in file]
-    # plain ones, helpers in the prompt, random inputs, a module of the prompt
-    rows = [rows[i] for i in (0, 32, 38, 53, 115)]
+# In HumanEval's form: the prompt ends in a function's head, the completion goes on from there.
+PLAIN = {
+    "prompt": 'def halve(xs):\n    """Every number of xs by two."""\n',
+    "canonical_solution": "    return [x / 2 for x in xs]\n",
+    "test": "def check(candidate):\n    assert candidate([1, 4]) == [0.5, 2]\n",
+    "entry_point": "halve",
+}
+HELPER = {  # a function of the prompt's own comes first and is used by solution and test
+    "prompt": "def shift(text):\n    return text[1:] + text[:1]\n\n\n"
+    'def unshift(text):\n    """Undo shift."""\n',
+    "canonical_solution": "    return text[-1:] + text[:-1]\n",
+    "test": "def check(candidate):\n    for text in ('', 'a', 'abc'):\n"
+    "        assert candidate(shift(text)) == text\n        assert candidate('b') == 'b'\n",
+    "entry_point": "unshift",
+}
+RANDOM = {
+    "prompt": 'def total(x, y):\n    """x and y together."""\n',
+    "canonical_solution": "    return x + y\n",
+    "test": "def check(candidate):\n    import random\n    for _ in range(50):\n"
+    "        x, y = random.randint(1, 99), random.randint(1, 99)\n"
+    "        assert candidate(x, y) == x + y, (x, y)\n",
+    "entry_point": "total",
+}
+MODULE = {  # the prompt imports what the solution needs
+    "prompt": "import math\n\n\n"
+    'def trips(rows, capacity):\n    """How often a bucket goes down for each row."""\n',
+    "canonical_solution": "    return sum(math.ceil(sum(row) / capacity) for row in rows)\n",
+    "test": "def check(candidate):\n    assert candidate([[1, 1, 1], [0]], 2) == 2\n",
+    "entry_point": "trips",
+}
+
+
+def rows_of_humaneval():
+    """Ours, and, where POSTGRAD_HUMANEVAL names HumanEval.jsonl.gz, every one of its 164."""
+    rows = [PLAIN, HELPER, RANDOM, MODULE]
+    if path := os.environ.get("POSTGRAD_HUMANEVAL"):
+        with gzip.open(path) as file:
+            rows += [json.loads(line) for line in file]
+    return rows
+
+
+def test_problems_of_humanevals_form():
+    rows = rows_of_humaneval()
     columns = {key: [row[key] for row in rows] for key in ("test", "entry_point")}
     prompts = [row["prompt"] for row in rows]
     right = [row["canonical_solution"] for row in rows]
@@ -940,10 +976,11 @@ def test_humaneval():
     whole = [f"Here:\n```python\n{p}{s}\n```\n" for p, s in zip(prompts, right, strict=True)]
     chats = [[{"role": "user", "content": p}] for p in prompts]
     assert rewards(whole, prompts, **columns) == [1] * len(rows)
-    assert rewards(whole[:2], chats[:2], **{k: v[:2] for k, v in columns.items()}) == [1, 1]
+    assert rewards(whole, chats, **columns) == [1] * len(rows)
     assert rewards(["    return None\n"] * len(rows), prompts, **columns) == [0] * len(rows)
-    poly = "    return 0\n\ndef poly(xs, x):\n    return 0\n"
-    assert rewards([poly], prompts[1:2], **{k: v[1:2] for k, v in columns.items()}) == [0]
+    # a completion that redefines the prompt's helper does not change the test's
+    helper = "    return 'b'\n\ndef shift(text):\n    return 'b'\n"
+    assert rewards([helper], [HELPER["prompt"]], **{k: [HELPER[k]] for k in columns}) == [0]
 
 
 @pytest.mark.parametrize(
