@@ -92,11 +92,12 @@ def _train(seed: int, target: float, form: Form) -> LanguagePolicy:
     return policy
 
 
-def untrained(seed: int, positions: int = 32) -> LanguagePolicy:
+def untrained(seed: int, positions: int = 32, spread: float = 0.02) -> LanguagePolicy:
     """A GPT-2 of two layers of width 96, with learned positions and the vocabulary of `tiny`.
 
-    The digits that belong together lie at distances that differ from digit to digit, so rotary
-    positions, as in `tiny`, learn these sums many times more slowly.
+    Its weights are drawn with the standard deviation `spread`. The digits that belong together lie
+    at distances that differ from digit to digit, so rotary positions, as in `tiny`, learn these
+    sums many times more slowly.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -107,6 +108,7 @@ def untrained(seed: int, positions: int = 32) -> LanguagePolicy:
         n_embd=96,
         n_layer=2,
         n_head=4,
+        initializer_range=spread,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

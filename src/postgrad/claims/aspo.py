@@ -7,17 +7,13 @@ import torch
 
 from postgrad.advantages.shaping import shaped_rewards
 from postgrad.claims.base import Claim, Finding, Outcome
-from postgrad.claims.calling_tools import conversations, right, shown, untrained
-from postgrad.claims.stepping import train_in_steps
+from postgrad.claims.calling_tools import World, conversations, right, trained
 from postgrad.methods.agents.tools import Calculator, CalculatorSettings, calculated
 from postgrad.models.language import LanguagePolicy
 from postgrad.sampling.conversations import first_replies
 from postgrad.tasks.formats import Row
 
-STEPS, PROMPTS, SAMPLES = 30, 16, 8
 TOKENS, TURNS, FILLER = 36, 3, 20
-EVALUATE_EVERY, TESTED = 10, 500
-WARM_UP_STEPS, DEMONSTRATIONS = 150, 20_000
 WITHOUT_CALL, WRONG_CALL = 0.2, 0.3
 ACCURACY, FIRST = "accuracy", "tokens before the first call's result"
 
@@ -72,56 +68,6 @@ ARMS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 
-def warmed_up(seed: int) -> LanguagePolicy:
-    rows = demonstrations(DEMONSTRATIONS, f"warm-up {seed}")
-    return shown("calculator", seed, rows, WARM_UP_STEPS)
-
-
-def run(arm: str, seed: int, quick: bool) -> Outcome:
-    policy = untrained(seed) if quick else warmed_up(seed)
-    slug, reward, settings = ARMS[arm]
-    steps, tested = (3, 40) if quick else (STEPS, TESTED)
-    return trained(slug, reward, settings, policy, seed, steps, tested)
-
-
-def trained(
-    slug: str,
-    reward: Any,
-    settings: dict[str, Any],
-    policy: LanguagePolicy,
-    seed: int,
-    steps: int,
-    tested: int,
-) -> Outcome:
-    """Train on fresh sums; test sampled responses to others."""
-    test = asked(tested, "aspo claim")
-    training = train_in_steps(
-        slug,
-        seed,
-        {"model": policy, "data": asked(PROMPTS * steps, f"claim {seed}"), "reward": reward},
-        steps=steps,
-        batch_size=PROMPTS,
-        rollout={"samples": SAMPLES, "max_new_tokens": TOKENS},
-        tool="calculator",
-        max_turns=TURNS,
-        most_rounds=2,
-        **settings,
-    )
-    curves: dict[str, list[tuple[float, float]]] = {ACCURACY: [], FIRST: []}
-
-    def look(step: int, rows: list[Row]) -> dict[str, float]:
-        found = measured(policy, rows)
-        for name, points in curves.items():
-            points.append((step, found[name]))
-        return found
-
-    look(0, test)
-    for step, _ in training:
-        if step % EVALUATE_EVERY == 0 and step < steps:
-            look(step, test[:200])
-    return Outcome(look(steps, test), curves)
-
-
 def measured(policy: LanguagePolicy, rows: list[Row]) -> dict[str, float]:
     """Of sampled responses: how many are right, how many call, and when."""
     tool = Calculator(CalculatorSettings())
@@ -138,6 +84,25 @@ def measured(policy: LanguagePolicy, rows: list[Row]) -> dict[str, float]:
         FIRST: float(torch.where(called, places, TOKENS).float().mean()),
         "share with a call": float(called.float().mean()),
     }
+
+
+WORLD = World(
+    name="aspo",
+    tool="calculator",
+    asked=asked,
+    demonstrations=demonstrations,
+    warm_up=(150, 20_000),
+    tokens=TOKENS,
+    turns=TURNS,
+    measured=measured,
+    every=10,
+)
+
+
+def run(arm: str, seed: int, quick: bool) -> Outcome:
+    slug, reward, settings = ARMS[arm]
+    done = trained(WORLD, slug, reward, seed, quick, most_rounds=2, **settings)
+    return Outcome(done.looks[-1][1], {name: done.curve(name) for name in (ACCURACY, FIRST)})
 
 
 CLAIM = Claim(

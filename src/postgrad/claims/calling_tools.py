@@ -1,29 +1,95 @@
 """What the claims on tools share: a small model that is shown calls, and what it then answers."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from postgrad.claims import addition_warm_up
 from postgrad.claims.stepping import train_in_steps
+from postgrad.methods.base import Metrics
 from postgrad.models.cache import cached_folder
-from postgrad.models.embedded import tiny_tokenizer
 from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.sampling.conversations import Conversations, Tool, converse
 from postgrad.sampling.drawing import SamplingSettings
 from postgrad.tasks.formats import Row
 
+STEPS, PROMPTS, SAMPLES, TESTED = 30, 16, 8, 500
 _BATCH, _RATE = 128, 5e-3
 
 
-def shown(name: str, seed: int, rows: list[Row], steps: int) -> LanguagePolicy:
-    """A small GPT-2 after supervised training on `rows`, which are a function of name and seed.
+@dataclass(frozen=True)
+class World:
+    """Questions with a tool.
 
-    Cached.
+    Attributes:
+        name: of the claim and of the test questions' random stream.
+        tool: its name.
+        asked: so many questions, a function of the name of a random stream.
+        demonstrations: so many rows to warm up with, likewise.
+        warm_up: how many steps with how many rows.
+        tokens, turns: the most that a response has.
+        measured: what is found of a policy on questions; its values are the claim's.
+        every: steps between two looks at the policy.
     """
+
+    name: str
+    tool: str
+    asked: Callable[[int, str], list[Row]]
+    demonstrations: Callable[[int, str], list[Row]]
+    warm_up: tuple[int, int]
+    tokens: int
+    turns: int
+    measured: Callable[[LanguagePolicy, list[Row]], dict[str, float]]
+    every: int
+
+
+@dataclass
+class Training:
+    """What was found at each look, the last one at the end, and every step's metrics."""
+
+    looks: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    metrics: list[Metrics] = field(default_factory=list)
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        return [(step, found[name]) for step, found in self.looks]
+
+
+def trained(
+    world: World, slug: str, reward: Any, seed: int, quick: bool, **settings: Any
+) -> Training:
+    """Train on fresh questions; look at sampled responses to others."""
+    steps, tested = (3, 40) if quick else (STEPS, TESTED)
+    policy = untrained(seed) if quick else warmed_up(world, seed)
+    test = world.asked(tested, f"{world.name} claim")
+    data = world.asked(PROMPTS * steps, f"claim {seed}")
+    training = train_in_steps(
+        slug,
+        seed,
+        {"model": policy, "data": data, "reward": reward},
+        steps=steps,
+        batch_size=PROMPTS,
+        rollout={"samples": SAMPLES, "max_new_tokens": world.tokens},
+        tool=world.tool,
+        max_turns=world.turns,
+        **settings,
+    )
+    done = Training([(0, world.measured(policy, test))])
+    for step, metrics in training:
+        done.metrics.append(metrics)
+        if step % world.every == 0 and step < steps:
+            done.looks.append((step, world.measured(policy, test[:200])))
+    done.looks.append((steps, world.measured(policy, test)))
+    return done
+
+
+def warmed_up(world: World, seed: int) -> LanguagePolicy:
+    """A small GPT-2 after supervised training on the demonstrations. Cached."""
+    steps, count = world.warm_up
+    rows = world.demonstrations(count, f"warm-up {seed}")
     key = {
-        "name": name,
+        "name": world.tool,
         "seed": seed,
         "recipe": [_BATCH, _RATE, steps, len(rows)],
         "versions": [version("postgrad"), version("torch")],
@@ -31,47 +97,27 @@ def shown(name: str, seed: int, rows: list[Row], steps: int) -> LanguagePolicy:
 
     def make(folder: Path) -> None:
         policy = untrained(seed)
-        for _ in supervised(policy, seed, rows, steps):
+        training = train_in_steps(
+            "sft",
+            seed,
+            {"model": policy, "data": rows},
+            steps=steps,
+            batch_size=_BATCH,
+            learning_rate=_RATE,
+            schedule="cosine",
+            warmup_steps=20,
+            max_response_tokens=48,
+        )
+        for _ in training:
             pass
         policy.save(folder)
 
-    return load_policy(str(cached_folder(f"{name}-warm-up", key, make)))
-
-
-def supervised(policy: LanguagePolicy, seed: int, rows: list[Row], steps: int) -> Any:
-    """Supervised training, step by step."""
-    return train_in_steps(
-        "sft",
-        seed,
-        {"model": policy, "data": rows},
-        steps=steps,
-        batch_size=_BATCH,
-        learning_rate=_RATE,
-        schedule="cosine",
-        warmup_steps=20,
-        max_response_tokens=48,
-    )
+    return load_policy(str(cached_folder(f"{world.tool}-warm-up", key, make)))
 
 
 def untrained(seed: int) -> LanguagePolicy:
-    """A GPT-2 of two layers of width 96, with the vocabulary of `tiny`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    tokenizer = tiny_tokenizer()
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=64,
-        n_embd=96,
-        n_layer=2,
-        n_head=4,
-        initializer_range=0.1,  # of 96 ** -0.5, so that attention is sharp enough to learn soon
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LanguagePolicy(GPT2LMHeadModel(config), tokenizer)
+    """As for sums, but with weights of 96 ** -0.5, so that attention is sharp from the start."""
+    return addition_warm_up.untrained(seed, positions=64, spread=0.1)
 
 
 def conversations(

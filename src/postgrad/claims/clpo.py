@@ -9,9 +9,8 @@ from postgrad.claims.worked_sums import (
     STEPS,
     TESTED,
     TOKENS,
+    started,
     trained,
-    untrained,
-    warmed_up,
 )
 
 METRIC = "accuracy on letters sums"
@@ -40,8 +39,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    steps, tested = (4, 50) if quick else (STEPS, TESTED)
-    policy = untrained(seed) if quick else warmed_up(seed, "letters")
+    policy, steps, tested = started(seed, quick, "letters")
     slug, settings = ARMS[arm]
     return trained(slug, policy, seed, steps, tested, letters=True, **settings)
 

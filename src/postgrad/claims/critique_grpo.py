@@ -9,9 +9,8 @@ from postgrad.claims.worked_sums import (
     STEPS,
     TESTED,
     TOKENS,
+    started,
     trained,
-    untrained,
-    warmed_up,
 )
 
 METRIC = "accuracy on hard sums"
@@ -34,8 +33,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    steps, tested = (4, 50) if quick else (STEPS, TESTED)
-    policy = untrained(seed) if quick else warmed_up(seed, "refinement")
+    policy, steps, tested = started(seed, quick, "refinement")
     slug, settings = ARMS[arm]
     return trained(slug, policy, seed, steps, tested, **settings)
 

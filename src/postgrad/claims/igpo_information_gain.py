@@ -5,16 +5,12 @@ import string
 from typing import Any
 
 from postgrad.claims.base import Claim, Finding, Outcome
-from postgrad.claims.calling_tools import conversations, right, shown, untrained
-from postgrad.claims.stepping import train_in_steps
+from postgrad.claims.calling_tools import World, conversations, right, trained
 from postgrad.methods.agents.tools import Lookup, LookupSettings
 from postgrad.models.language import LanguagePolicy
 from postgrad.tasks.formats import Row
 
-STEPS, PROMPTS, SAMPLES = 30, 16, 8
 TOKENS, TURNS = 24, 4
-EVALUATE_EVERY, TESTED = 5, 500
-WARM_UP_STEPS, DEMONSTRATIONS = 140, 18_000
 USEFUL = 0.25, 0.8
 KEYS, FURTHER, FOUND = (
     string.ascii_lowercase[:10],
@@ -84,63 +80,52 @@ ARMS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 
-def warmed_up(seed: int) -> LanguagePolicy:
-    rows = demonstrations(DEMONSTRATIONS, f"warm-up {seed}")
-    return shown("lookup", seed, rows, WARM_UP_STEPS)
+def measured(policy: LanguagePolicy, rows: list[Row]) -> dict[str, float]:
+    """How many of sampled responses are right."""
+    tool = Lookup(LookupSettings())
+    made = conversations(policy, rows, tool, tokens=TOKENS, turns=TURNS, temperature=1.0)
+    return {ACCURACY: sum(right(made.texts, [row["answer"] for row in rows])) / len(rows)}
+
+
+WORLD = World(
+    name="igpo",
+    tool="lookup",
+    asked=asked,
+    demonstrations=demonstrations,
+    warm_up=(140, 18_000),
+    tokens=TOKENS,
+    turns=TURNS,
+    measured=measured,
+    every=5,
+)
 
 
 def run(arm: str, seed: int, quick: bool) -> Outcome:
-    policy = untrained(seed) if quick else warmed_up(seed)
     slug, reward, settings = ARMS[arm]
-    steps, tested = (3, 40) if quick else (STEPS, TESTED)
-    return trained(slug, reward, settings, policy, seed, steps, tested)
-
-
-def trained(
-    slug: str,
-    reward: Any,
-    settings: dict[str, Any],
-    policy: LanguagePolicy,
-    seed: int,
-    steps: int,
-    tested: int,
-) -> Outcome:
-    """Train on fresh tables; test sampled responses with others."""
-    test = asked(tested, "igpo claim")
     wrapper = {"answer_opening": "=", "answer_closing": ""} if slug != "grpo" else {}
-    training = train_in_steps(
+    done = trained(
+        WORLD,
         slug,
+        reward,
         seed,
-        {"model": policy, "data": asked(PROMPTS * steps, f"claim {seed}"), "reward": reward},
-        steps=steps,
-        batch_size=PROMPTS,
-        rollout={"samples": SAMPLES, "max_new_tokens": TOKENS},
-        tool="lookup",
-        max_turns=TURNS,
+        quick,
         kl_coefficient=0.001,
         entropy_coefficient=0.001,
         **wrapper,
         **settings,
     )
-    curves: dict[str, list[tuple[float, float]]] = {ACCURACY: [], SILENT: []}
-
-    def accuracy(rows: list[Row]) -> float:
-        tool = Lookup(LookupSettings())
-        made = conversations(policy, rows, tool, tokens=TOKENS, turns=TURNS, temperature=1.0)
-        return sum(right(made.texts, [row["answer"] for row in rows])) / len(rows)
-
-    start = accuracy(test)
-    curves[ACCURACY].append((0, start))
-    for step, metrics in training:
-        silent = metrics.get("advantage/silent_groups", metrics["reward/degenerate_groups"])
-        curves[SILENT].append((step, silent))
-        if step % EVALUATE_EVERY == 0 and step < steps:
-            curves[ACCURACY].append((step, accuracy(test[:200])))
-    end = accuracy(test)
-    curves[ACCURACY].append((steps, end))
-    early = [value for _, value in curves[SILENT][: max(1, steps // 4)]]
-    values = {ACCURACY: end, "accuracy before": start, SILENT: sum(early) / len(early)}
-    return Outcome(values, curves)
+    silent = [
+        metrics.get("advantage/silent_groups", metrics["reward/degenerate_groups"])
+        for metrics in done.metrics
+    ]
+    early = silent[: max(1, len(silent) // 4)]
+    values = {
+        ACCURACY: done.looks[-1][1][ACCURACY],
+        "accuracy before": done.looks[0][1][ACCURACY],
+        SILENT: sum(early) / len(early),
+    }
+    steps = [(step + 1.0, share) for step, share in enumerate(silent)]
+    return Outcome(values, {ACCURACY: done.curve(ACCURACY), SILENT: steps})
 
 
 CLAIM = Claim(

@@ -160,6 +160,11 @@ def untrained(seed: int) -> LanguagePolicy:
     return addition_warm_up.untrained(seed, positions=64)
 
 
+def started(seed: int, quick: bool, skill: str = "none") -> tuple[LanguagePolicy, int, int]:
+    """What an arm begins with: the policy, its number of steps and of tests."""
+    return (untrained(seed), 4, 50) if quick else (warmed_up(seed, skill), STEPS, TESTED)
+
+
 def accuracy(policy: LanguagePolicy, tests: list[Row], temperature: float = 0.0) -> float:
     """The share of sums that a response solves: the likeliest one, or a sample."""
     prompts = [policy.render(test["prompt"]) for test in tests]
