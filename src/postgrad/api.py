@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -160,7 +160,7 @@ def _start(
     else:
         folder.create(settings, _about(slug, prints))
     watch = Terminal(loop.steps, 0) if not quiet else nullcontext(Silent())
-    with folder, watch as watcher:
+    with closing(method), folder, watch as watcher:
         trainer = Loop(method, loop, folder, watcher)
         if resumed:
             trainer.restore()

@@ -147,3 +147,6 @@ class Method(ABC):
 
     def save(self, folder: Path) -> None:
         """Write the final model into `folder`, in the format its users expect."""
+
+    def close(self) -> None:
+        """Let go of what it holds besides memory: other processes, connections, files."""

@@ -35,7 +35,10 @@ class LanguagePolicy(TextNetwork):
 
     Attributes:
         end_tokens: the ids that end a response.
+        engine: what draws responses in its place (`sampling.engines.Engine`); None: this process.
     """
+
+    engine: Any = None
 
     def __init__(self, network: nn.Module, tokenizer: Any):
         super().__init__(network, tokenizer, "logits")
@@ -164,6 +167,11 @@ class LanguagePolicy(TextNetwork):
             for frozen in self._frozen
             for name, parameter in frozen.named_parameters()
         }
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it acts as the reference policy at present (see `reference`)."""
+        return self._in_reference
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from postgrad.errors import PostgradError
 from postgrad.models.policy import LanguagePolicy
 from postgrad.models.scoring import distinct
 from postgrad.sampling.drawing import SamplingSettings, draw, uniform_stream
+from postgrad.sampling.engines import Drawn
 from postgrad.sampling.mixture import ActionMask, decoding
 
 __all__ = ["Rollouts", "SamplingSettings", "generate"]
@@ -82,6 +83,32 @@ def generate(
         if len(limits) != len(repeated) or min(limits) < 1:
             raise ValueError(f"limits must be at least 1 for each of {len(repeated)} samples")
         rooms = rooms.minimum(torch.tensor(limits))
+    engine = policy.engine
+    if engine is not None and mixture == 0 and mask is None and not policy.is_reference:
+        wanted = [int(seed) for seed in seeds]
+        drawn = engine.draw(policy, repeated, settings, wanted, rooms.tolist())
+    else:
+        drawn = _drawn_here(policy, repeated, settings, seeds, rooms, mixture, mask)
+    responses = [one.tokens.to(policy.device) for one in drawn]
+    return Rollouts(
+        prompts=repeated,
+        responses=responses,
+        logprobs=[one.logprobs.to(policy.device) for one in drawn],
+        finished=torch.tensor([one.finished for one in drawn], dtype=torch.bool),
+        texts=[policy.decode(response) for response in responses],
+    )
+
+
+def _drawn_here(
+    policy: LanguagePolicy,
+    repeated: list[Tensor],
+    settings: SamplingSettings,
+    seeds: Tensor | Sequence[int],
+    rooms: Tensor,
+    mixture: float,
+    mask: ActionMask | None,
+) -> list[Drawn]:
+    """What an engine would draw, by the policy in this process."""
     longest = int(rooms.max())
     uniforms = torch.stack([uniform_stream(int(seed), longest) for seed in seeds])
 
@@ -114,18 +141,10 @@ def generate(
                 drawn, alive = drawn[rows], alive[alive]
             decoder.feed(drawn)
 
-    responses = [
-        row[:length].to(policy.device) for row, length in zip(tokens, lengths, strict=True)
+    return [
+        Drawn(row[:length], numbers[:length], bool(over))
+        for row, numbers, length, over in zip(tokens, logprobs, lengths, finished, strict=True)
     ]
-    return Rollouts(
-        prompts=repeated,
-        responses=responses,
-        logprobs=[
-            row[:length].to(policy.device) for row, length in zip(logprobs, lengths, strict=True)
-        ],
-        finished=finished,
-        texts=[policy.decode(response) for response in responses],
-    )
 
 
 def _limit(policy: LanguagePolicy, prompt: Tensor, settings: SamplingSettings) -> int:

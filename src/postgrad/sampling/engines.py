@@ -1,0 +1,69 @@
+"""Engines: what draws responses in a policy's place, by a copy of its weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from postgrad.models.policy import LanguagePolicy
+from postgrad.sampling.drawing import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One response.
+
+    Attributes:
+        tokens: `[L]`, L ≥ 1, with the end token where it ended by one.
+        logprobs: `[L]` float32, as `Rollouts.logprobs`: of the distribution they were drawn from,
+            as the engine computes it.
+        finished: ended by an end token or a stop string, and not by its limit.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    finished: bool
+
+
+class Engine(Protocol):
+    """Draws responses elsewhere: on other processes and machines, or by another program.
+
+    An engine is given to a policy as `policy.engine`; `generate` then asks it for every response of
+    the policy itself. What needs the policy's logits (mixtures with the reference, masks of tokens)
+    is drawn in this process all the same, and so is what the reference policy draws.
+
+    Attributes:
+        exact: the same seed gives the tokens that this process would draw, with their
+            log-probabilities. Where it is false, what is learnt from responses has to be corrected
+            for the difference between the two.
+    """
+
+    exact: bool
+
+    def draw(
+        self,
+        policy: LanguagePolicy,
+        prompts: Sequence[Tensor],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+        limits: Sequence[int],
+    ) -> list[Drawn]:
+        """A response to each of N prompts `[P]`, drawn by the policy's present weights.
+
+        Args:
+            policy: whose weights to draw by; taken up before drawing if they have changed.
+            prompts: token ids; equal ones follow each other.
+            settings: temperature, restrictions and stop strings.
+            seeds: one for each response.
+            limits: the most tokens of each response.
+        """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth watching of the engine since the last call: time, staleness, faults …"""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and memory; it may be called twice."""
+        ...
