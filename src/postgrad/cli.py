@@ -214,6 +214,7 @@ def reproduce(
 @click.option("--budget", required=True, type=click.IntRange(1), help="Samples each may use.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1, 100))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of runs and page.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs at once.")
 def compare(
     words: tuple[str, ...],
     model: str | None,
@@ -221,6 +222,7 @@ def compare(
     budget: int,
     seeds: int,
     output: Path | None,
+    jobs: int,
 ) -> None:
     """Train several METHODs on the same data, samples and seeds; a table and a page.
 
@@ -245,6 +247,7 @@ def compare(
         budget=budget,
         seeds=seeds,
         output=output,
+        jobs=jobs,
         say=lambda line: click.echo(line, err=True),
         **values,
     )
