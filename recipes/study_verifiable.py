@@ -117,6 +117,7 @@ def settings_of(task: Task, model: Path) -> dict[str, Any]:
         "precision": "fp32",
         "log": [],
         "save_every": 0,
+        "evaluate_every": 0,  # before and after
     }
 
 
