@@ -45,8 +45,10 @@ def together(world, folder, work, *arguments):
     port = store.port
     del store
     (folder / "port").write_text(str(port))
+    # forked from a process that has imported everything and done nothing
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["postgrad.api", __name__])
     started = multiprocessing.start_processes(
-        a_process, (world, folder, work, arguments), world, join=False, start_method="fork"
+        a_process, (world, folder, work, arguments), world, join=False, start_method="forkserver"
     )
     while not started.join(timeout=100):
         pass
@@ -117,6 +119,51 @@ CASES = {
     },
     "ppo-language": {"rollout": {"max_new_tokens": 8}, "critic_rate": 1.0},
 }
+
+
+@pytest.mark.parametrize(
+    "slug", ["grpo", "policy-gradient", "ppo-language", "sft", "dpo", "lipo", "grace"]
+)
+def test_sharded_weights_learn_the_same(tmp_path, slug):
+    rows = {"sft": ANSWERS, "dpo": PAIRS, "lipo": LISTS, "grace": TRIPLES}
+    settings = {**SUMS, "schedule": "constant", **CASES.get(slug, {})}
+    if slug in rows:
+        settings["data"] = write_rows(tmp_path / "rows.jsonl", rows[slug])
+    else:
+        settings["reward"] = rewarded(tmp_path)
+    if slug == "grace":
+        settings |= {"rollout": ROLLOUT, "instruction": "Say:"}
+    trained(slug, tmp_path / "alone", settings | {"steps": 4})
+    sharded = settings | {"shard": True, "steps": 2}
+    assert not together(2, tmp_path / "two", trained, slug, tmp_path / "parts", sharded)
+    # and on, in three processes and then in one: checkpoints are in one piece
+    assert not together(3, tmp_path / "three", resumed, tmp_path / "parts", {"steps": 3})
+    resumed(tmp_path / "parts", {"steps": 4, "shard": False})
+    assert_close_runs(tmp_path / "alone", tmp_path / "parts")
+
+
+def shares(folder):
+    from postgrad.models.language import load_policy
+
+    with processes.joined():
+        policy = load_policy("tiny")
+        before = {name: p.detach().clone() for name, p in policy.network.named_parameters()}
+        policy.shard()
+        own = sum(p.to_local().numel() for p in policy.network.parameters())
+        every = sum(p.numel() for p in policy.network.parameters())
+        assert own < 0.52 * every
+        with policy.whole(), policy.sampling_network() as network:
+            assert not any(hasattr(p, "to_local") for p in network.parameters())
+            for name, parameter in network.named_parameters():
+                assert torch.equal(parameter, before[name])
+        with pytest.raises(PostgradError, match="shard: this method takes a new reference"):
+            policy.freeze_reference()
+        (folder / f"done-{processes.rank()}").touch()
+
+
+def test_a_process_holds_its_share_and_samples_by_the_whole(tmp_path):
+    assert not together(2, tmp_path, shares, tmp_path)
+    assert len(list(tmp_path.glob("done-*"))) == 2
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +21,12 @@ from postgrad.memory import keep_freed_memory
 from postgrad.methods.base import Method, Place
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
-from postgrad.training.loop import Finished, Loop, pick_device, writable
+from postgrad.training.loop import CanBeSharded, Finished, Loop, pick_device, writable
 from postgrad.training.optimise import native_precision
 from postgrad.training.record import RUN, NoFolder, RunFolder, is_run, read_config
 
 # keys that may change from one part of a run to the next: results do not depend on them
-_FREE = ("output:", "profile:", "processes:", "nodes:", "rendezvous:")
+_FREE = ("output:", "profile:", "processes:", "nodes:", "rendezvous:", "shard:")
 
 
 @dataclass
@@ -191,7 +191,11 @@ def _run(
         if resumed:
             trainer.restore()
         finished = trainer.run(settings)
-        processes.agreed(lambda: _leave_behind(method, path, loop))
+        with ExitStack() as stack:
+            for module in method.modules().values():
+                if isinstance(module, CanBeSharded):
+                    stack.enter_context(module.whole())
+            processes.agreed(lambda: _leave_behind(method, path, loop))
     return Run(path, method, finished)
 
 

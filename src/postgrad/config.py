@@ -125,6 +125,9 @@ class LoopSettings(Settings):
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …")
     processes: int = setting(1, "processes on each machine that share the work", gt=0)
+    shard: bool = setting(
+        False, "split weights, gradients and optimiser state over the processes (FSDP2)"
+    )
     nodes: int = setting(1, "machines; the same command is given on each of them", gt=0)
     rendezvous: str | None = setting(None, "host:port of the first machine, with nodes above 1")
     threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0)

@@ -85,10 +85,16 @@ class LanguagePolicy(TextNetwork):
 
         def scores(share: Sequence[int]) -> TokenScores:
             some, others = [prompts[i] for i in share], [responses[i] for i in share]
-            return compute(self._network(), some, others, temperature, entropy)
+            return TokenScores(*self(run, some, others))
+
+        def run(some: list[Tensor], others: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+            found = compute(self._network(), some, others, temperature, entropy)
+            return found.logprobs, found.mask, found.entropies
 
         every = range(len(prompts))
-        if torch.is_grad_enabled() or not processes.dividing():
+        # where weights are sharded all must compute something, as each needs the others' shares
+        few = len(prompts) < processes.count()
+        if torch.is_grad_enabled() or not processes.dividing() or few:
             return scores(every)
         rows = processes.divided(every, lambda share: scores(share).rows())
         return TokenScores.of_rows(rows, self.device)
@@ -104,7 +110,7 @@ class LanguagePolicy(TextNetwork):
         """
         prompts, responses = self.checked(prompts, responses)
         _, mask = pad_right(responses)
-        found = of_logits(self._network(), prompts, responses, self.shares_prefixes, function)
+        found = self(of_logits, self._network(), prompts, responses, self.shares_prefixes, function)
         return spread(found, mask)
 
     def divergence(
@@ -115,7 +121,7 @@ class LanguagePolicy(TextNetwork):
         Over the whole vocabulary; 0 at padding; without gradients. It takes a forward pass of both.
         """
         prompts, responses = self.checked(prompts, responses)
-        own = predictions(self._network(), prompts, responses, self.shares_prefixes)
+        own = self(predictions, self._network(), prompts, responses, self.shares_prefixes)
         with self.reference():
             other = predictions(self._network(), prompts, responses, self.shares_prefixes)
         _, mask = pad_right(responses)
@@ -148,7 +154,8 @@ class LanguagePolicy(TextNetwork):
                     "nothing is left to average over"
                 )
         compute = embed_shared if self.shares_prefixes else embed_plain
-        return compute(self._network(), prompts, responses, skips)
+        means: Tensor = self(compute, self._network(), prompts, responses, skips)
+        return means
 
     # Variants of the network -----------------------------------------------------------------
 
@@ -164,6 +171,11 @@ class LanguagePolicy(TextNetwork):
             if weights is not None:
                 raise PostgradError("tune=lora: the reference is the base model, no other weights")
             return
+        if self._skeleton:
+            raise PostgradError(
+                "shard: this method takes a new reference policy while it trains, which sharded "
+                "weights do not allow yet: expected shard=false"
+            )
         frozen = copy.deepcopy(self.network).requires_grad_(False)
         if weights is not None:
             frozen.load_state_dict(weights, strict=False)
@@ -211,6 +223,8 @@ class LanguagePolicy(TextNetwork):
         per call; all else it shares.
         """
         network = self._network()
+        if network is self.network and self._whole:
+            network = self._whole[0]
         device = self.device.type
         rounding = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if rounding else base_of(network).dtype
@@ -243,7 +257,7 @@ class LanguagePolicy(TextNetwork):
         The folder loads with `AutoModelForCausalLM.from_pretrained`; an adapter is merged into the
         weights of a copy.
         """
-        network = self.network
+        network: Any = self._whole[0] if self._whole else self.network
         if self.adapted:
             network = copy.deepcopy(network).merge_and_unload()
         network.save_pretrained(folder)

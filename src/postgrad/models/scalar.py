@@ -83,8 +83,9 @@ class ScalarModel(TextNetwork):
         """The last token's hidden states `[N, d]`, which the head reads."""
         prompts, responses = self.checked(prompts, responses)
         if self.shares_prefixes:
-            return final_states(self.network, prompts, responses)
-        states = plain_states(self.network, prompts, responses)
+            last: Tensor = self(final_states, self.network, prompts, responses)
+            return last
+        states = self(plain_states, self.network, prompts, responses)
         return torch.stack([several[-1] for several in states])
 
     def values(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
@@ -93,16 +94,22 @@ class ScalarModel(TextNetwork):
         That is V(s_t) of the state s_t = (x, y_<t) in which token t is chosen; 0 at padding.
         """
         prompts, responses = self.checked(prompts, responses)
-        if self.shares_prefixes:
-            states = predicting_states(self.network, prompts, responses)
-        else:
+
+        def numbers() -> Tensor:
+            if self.shares_prefixes:
+                return self._read(predicting_states(self.network, prompts, responses))
             several = plain_states(self.network, prompts, responses)
-            states = torch.cat([states[:-1] for states in several])
+            return self._read(torch.cat([states[:-1] for states in several]))
+
         _, mask = pad_right(list(responses))
-        return spread(self.read(states), mask)
+        return spread(self(numbers), mask)
 
     def read(self, states: Tensor) -> Tensor:
         """The head's numbers `[...]` of hidden states `[..., d]`."""
+        numbers: Tensor = self(self._read, states)
+        return numbers
+
+    def _read(self, states: Tensor) -> Tensor:
         # in float32, also where autocast would round: rewards differ in the third digit
         with torch.autocast(states.device.type, enabled=False):
             numbers: Tensor = self.head(states.to(next(self.head.parameters()).dtype))
@@ -110,7 +117,8 @@ class ScalarModel(TextNetwork):
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `AutoModelForSequenceClassification.from_pretrained` loads."""
-        _merged(self).save_pretrained(folder)
+        network: Any = self._whole[0] if self._whole else _merged(self)
+        network.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 

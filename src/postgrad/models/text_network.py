@@ -1,6 +1,7 @@
 """A transformers network with its tokenizer: what policies, reward models and critics share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from postgrad.errors import PostgradError
 from postgrad.models.network import base_of, is_adapted
 from postgrad.models.probing import Output, enable_sharing
+from postgrad.models.sharding import filled, skeleton_of, split
 
 Message = dict[str, str]
 
@@ -30,6 +32,8 @@ class TextNetwork(nn.Module):
     """
 
     network: Any  # transformers' and peft's models have no common type that names what is used
+    _skeleton: tuple[nn.Module, ...] = ()  # of a sharded network: it without its weights
+    _whole: tuple[nn.Module, ...] = ()  # inside `whole()`: the sharded network in one piece
 
     def __init__(self, network: nn.Module, tokenizer: Any, output: Output):
         super().__init__()
@@ -39,6 +43,34 @@ class TextNetwork(nn.Module):
         obstacle = enable_sharing(network, output)
         self.sharing = _SHARED if obstacle is None else f"plain: {obstacle}"
         self.context_length = _context_length(base_of(network).config, tokenizer)
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """`compute(*arguments)`: where the weights are sharded, they are gathered for it."""
+        return compute(*arguments)
+
+    def shard(self) -> None:
+        """Split the weights over all processes (FSDP2); to be called by all, before training.
+
+        Raises:
+            PostgradError: the network has an adapter, or an engine draws in its place.
+        """
+        if self.adapted or getattr(self, "engine", None) is not None:
+            what = "tune=lora" if self.adapted else "rollout.engine"
+            raise PostgradError(f"shard: full weights alone can be sharded, not with {what}")
+        self._skeleton = (skeleton_of(self.network),)
+        split(self, self.device)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, all processes have the sharded weights in one piece, to sample by or to save."""
+        if not self._skeleton or self._whole:
+            yield
+            return
+        self._whole = (filled(self._skeleton[0], self.network),)
+        try:
+            yield
+        finally:
+            self._whole = ()
 
     @property
     def shares_prefixes(self) -> bool:

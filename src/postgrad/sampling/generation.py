@@ -94,7 +94,8 @@ def generate(
             some, own = [repeated[i] for i in share], [int(seeds[i]) for i in share]
             return _drawn_here(policy, some, settings, own, rooms[list(share)], mixture, mask)
 
-        drawn = processes.divided(range(len(repeated)), draw_share)
+        with policy.whole():
+            drawn = processes.divided(range(len(repeated)), draw_share)
     responses = [one.tokens.to(policy.device) for one in drawn]
     return Rollouts(
         prompts=repeated,

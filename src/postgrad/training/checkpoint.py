@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from postgrad.errors import PostgradError
 from postgrad.training.tree import flatten, unflatten
@@ -66,7 +67,26 @@ def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
                     f"the checkpoint does not fit this model: {name!r} has shape "
                     f"{tuple(state[name].shape)}, expected {tuple(target.shape)}"
                 )
-            target.copy_(state[name])
+            target.copy_(like(target, state[name]))
+
+
+def in_one_piece(state: Any) -> Any:
+    """The same state with the tensors that processes hold in shares gathered, by all of them."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    if isinstance(state, dict):
+        return {key: in_one_piece(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(in_one_piece, state))
+    return state
+
+
+def like(target: Tensor, value: Tensor) -> Tensor:
+    """`value`, in shares as `target` is if that is so."""
+    if not isinstance(target, DTensor):
+        return value
+    value = value.to(target.device, target.dtype)
+    return distribute_tensor(value, target.device_mesh, target.placements)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

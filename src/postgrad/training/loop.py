@@ -6,10 +6,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +21,7 @@ from postgrad.errors import NonFinite, PostgradError
 from postgrad.methods.base import Method, Metrics, NothingToLearn
 from postgrad.timing import timed
 from postgrad.training.checkpoint import (
+    in_one_piece,
     load_latest,
     load_module_state,
     module_state,
@@ -45,6 +46,14 @@ class Finished:
     interrupted: bool
 
 
+@runtime_checkable
+class CanBeSharded(Protocol):
+    """A module that can split its weights over processes, and gather them for a while."""
+
+    def shard(self) -> None: ...
+    def whole(self) -> AbstractContextManager[None]: ...
+
+
 class Loop:
     """Trains a method: `Loop(method, settings, folder, watcher).run()`."""
 
@@ -55,6 +64,8 @@ class Loop:
         self.watcher = watcher
         self.step = 0
         self.rows: dict[str, int] = {}
+        if settings.shard and processes.count() > 1:
+            self._shard()
         self.optimise = Optimisers(method.modules(), settings, method.place.device, method.rates())
         profiled = settings.profile and processes.first()
         self._profiler = Profiler(folder.path, method.place.device) if profiled else None
@@ -64,6 +75,14 @@ class Loop:
         self._stop_asked = False  # of this process, at any moment
         self._stopping = False  # of all processes, between steps
         self._passed_over = 0  # steps in a row
+
+    def _shard(self) -> None:
+        for name, module in self.method.modules().items():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                continue
+            if not isinstance(module, CanBeSharded):
+                raise PostgradError(f"shard: the {name} of this method cannot be sharded")
+            module.shard()
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint of the folder, or from the start without one."""
@@ -209,6 +228,7 @@ class Loop:
                 "random": random_states(),
             }
             where, keep = self.folder.path / "checkpoints", self.settings.keep_checkpoints
+            state = in_one_piece(state)
             processes.agreed(lambda: save_checkpoint(where, self.step, state, keep))
 
     @contextmanager

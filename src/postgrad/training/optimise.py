@@ -4,9 +4,12 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from postgrad import processes
 from postgrad.batch import Batch
@@ -14,6 +17,7 @@ from postgrad.config import LoopSettings
 from postgrad.errors import NonFinite, PostgradError
 from postgrad.methods.base import LossFunction, Method, Metrics
 from postgrad.timing import timed
+from postgrad.training.checkpoint import like
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -53,6 +57,13 @@ def learning_rate_factor(settings: LoopSettings, step: int) -> float:
     return 1.0
 
 
+def _sum_by(module: nn.Module, divisor: int) -> None:
+    """Have the gradients of sharded weights summed over processes and divided by so many."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(float(divisor))
+
+
 class Optimisers:
     """AdamW for every trainable module; the loop's implementation of `methods.base.Optimise`.
 
@@ -87,6 +98,7 @@ class Optimisers:
         }
         if not self._optimisers:
             raise PostgradError("nothing to train: no module has trainable parameters")
+        self._modules = dict(modules)
         self._first = next(iter(self._optimisers))
         self._rate = settings.learning_rate
         self.tokens = 0  # response tokens that optimiser steps have learnt from, repeats included
@@ -106,12 +118,19 @@ class Optimisers:
         # a loss that needs the whole batch at once is computed by every process
         divided = processes.dividing() and len(parts) > 1
         own = parts[processes.rank() :: processes.count()] if divided else parts
-        shares = processes.gathered(lambda: self._backward(loss, own, len(batch)))
+        # sharded weights are gathered layer by layer, so all processes need the same number of
+        # parts; what is left over is computed and not counted
+        sharded = any(isinstance(p, DTensor) for p in self._parameters[name])
+        rounds = math.ceil(len(parts) / processes.count()) if divided and sharded else len(own)
+        idle = parts[: rounds - len(own)]
+        if sharded:
+            _sum_by(self._modules[name], 1 if divided else processes.count())
+        shares = processes.gathered(lambda: self._backward(loss, own, idle, len(batch)))
         metrics: Metrics = {}
         for share in shares if divided else shares[:1]:
             for key, number in share.items():
                 metrics[key] = metrics.get(key, 0.0) + number
-        if divided:
+        if divided and not sharded:
             with timed("exchange"):
                 processes.sum_gradients(self._parameters[name])
         with timed("optimiser"):
@@ -128,21 +147,32 @@ class Optimisers:
             budget = min(share, budget or share)
         return list(batch.split(budget))
 
-    def _backward(self, loss: LossFunction, parts: Sequence[Batch], items: int) -> Metrics:
-        """Add the gradients of `parts` of a batch of so many `items`; their loss and metrics."""
+    def _backward(
+        self, loss: LossFunction, parts: Sequence[Batch], idle: Sequence[Batch], items: int
+    ) -> Metrics:
+        """Add the gradients of `parts` of a batch of so many `items`; their loss and metrics.
+
+        `idle` parts take part in what is exchanged and add nothing.
+        """
         metrics: Metrics = {"loss": 0.0}
-        for part in parts:
-            with timed("loss"):
-                with autocast(self._settings.precision, self._device):
-                    value, part_metrics = loss(part)
-                if not torch.isfinite(value):
-                    raise NonFinite(f"the loss is {value.item()}", part.fields())
+        bad: NonFinite | None = None
+        for number, part in enumerate([*parts, *idle]):
+            counts = number < len(parts)
+            with timed("loss"), autocast(self._settings.precision, self._device):
+                value, part_metrics = loss(part)
+            if counts and not torch.isfinite(value):
+                bad = bad or NonFinite(f"the loss is {value.item()}", part.fields())
+                if processes.count() == 1:
+                    break
             with timed("backward"):
-                value.backward()
-            metrics["loss"] += value.item()
-            share = len(part) / items
-            for key, number in part_metrics.items():
-                metrics[key] = metrics.get(key, 0.0) + share * float(number)
+                (value if counts else 0 * value).backward()
+            if counts:
+                metrics["loss"] += value.item()
+                share = len(part) / items
+                for key, found in part_metrics.items():
+                    metrics[key] = metrics.get(key, 0.0) + share * float(found)
+        if bad is not None:
+            raise bad
         return metrics
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -172,7 +202,8 @@ class Optimisers:
 
     def _clip(self, name: str, batch: Batch) -> float:
         limit = self._settings.clip_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self._parameters[name], limit))
+        total = nn.utils.clip_grad_norm_(self._parameters[name], limit)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not math.isfinite(norm):
             raise NonFinite(f"the gradient norm of {name!r} is {norm}", batch.fields())
         return norm
@@ -180,6 +211,16 @@ class Optimisers:
     def state_dict(self) -> dict[str, dict[str, object]]:
         return {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()}
 
-    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         for name, optimiser in self._optimisers.items():
-            optimiser.load_state_dict(state[name])
+            own = state[name]
+            # moments lie in shares as their parameters do
+            moments = {
+                number: {
+                    key: like(parameter, value) if value.shape == parameter.shape else value
+                    for key, value in own["state"][number].items()
+                }
+                for number, parameter in enumerate(self._parameters[name])
+                if number in own["state"]
+            }
+            optimiser.load_state_dict({**own, "state": moments})
