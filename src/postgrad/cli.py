@@ -10,6 +10,7 @@ import click
 from postgrad import __version__
 from postgrad.catalogue import entries, require_implemented
 from postgrad.errors import PostgradError
+from postgrad.visible import visible
 
 
 class Commands(click.Group):
@@ -21,7 +22,7 @@ class Commands(click.Group):
         except PostgradError as error:
             if context.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {visible(str(error))}", err=True)
             context.exit(2)
 
 
@@ -268,7 +269,9 @@ def sample(run: str, prompt: str, max_new_tokens: int, temperature: float, seed:
     """Let a run's (or any) language model answer PROMPT."""
     from postgrad.inspection import sample as sample_it
 
-    click.echo(sample_it(run, prompt, max_new_tokens, temperature, seed))
+    text = sample_it(run, prompt, max_new_tokens, temperature, seed)
+    # files and pipes get what the model wrote; a terminal would obey some of it
+    click.echo(visible(text) if sys.stdout.isatty() else text)
 
 
 @main.command()
@@ -281,6 +284,27 @@ def embed(run: str, file: Path, output: Path | None) -> None:
 
     target, shape = embed_file(run, file, output)
     click.echo(f"{shape[0]} embeddings of {shape[1]} dimensions: {target}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--metrics", help="Names or patterns, with commas: reward,evaluation/*.")
+@click.option("--once", is_flag=True, help="Print what there is now, and end.")
+@click.option(
+    "--every", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds."
+)
+@click.option("--wait", type=click.FloatRange(0), help="Seconds to wait for a run to begin.")
+def watch(
+    runs: tuple[Path, ...], metrics: str | None, once: bool, every: float, wait: float | None
+) -> None:
+    """Curves and newest samples of RUNS, in the terminal, until they end."""
+    from postgrad.reports.terminal import watch as watch_them
+
+    names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
+    try:
+        watch_them(runs, metrics=names, once=once, every=every, patience=wait)
+    except KeyboardInterrupt:  # the ordinary end of watching
+        sys.exit(0)
 
 
 @main.command()

@@ -155,7 +155,8 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def _load_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """YAML text as plain data."""
     return yaml.load(text, Loader=_Yaml)  # a SafeLoader: plain data only
 
 
@@ -165,7 +166,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise PostgradError(f"configuration file {path} does not exist")
     try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise PostgradError(f"configuration file {path} is not valid YAML: {line}") from error
@@ -179,7 +180,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """A command-line value read as YAML."""
     try:
-        return _load_yaml(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise PostgradError(f"cannot read the value {text!r}: not valid YAML") from error
 
