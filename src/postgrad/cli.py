@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. Everything heavy is imported inside its command."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -31,6 +32,9 @@ class Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Published methods of policy optimisation and contrastive learning, side by side."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # what a terminal or file cannot hold of a model's words is written as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _complete_method(context: click.Context, argument: click.Parameter, typed: str) -> list[str]:
@@ -304,6 +308,27 @@ def watch(
     try:
         watch_them(runs, metrics=names, once=once, every=every, patience=wait)
     except KeyboardInterrupt:  # the ordinary end of watching
+        sys.exit(0)
+
+
+@main.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[FOLDER]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", default=8420, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--token-env", metavar="NAME", help="Environment variable that holds the token.")
+def serve(folders: tuple[Path, ...], host: str, port: int, token_env: str | None) -> None:
+    """Runs below FOLDERs (default: runs) in the browser: curves, samples; read-only.
+
+    Only this machine can reach it; with another --host a token is demanded, which is
+    made up and printed unless --token-env names one.
+    """
+    from postgrad.reports.serve import serve as serve_them
+
+    try:
+        serve_them(
+            folders or (Path("runs"),), host=host, port=port, token_env=token_env, say=click.echo
+        )
+    except KeyboardInterrupt:  # the ordinary end of serving
         sys.exit(0)
 
 

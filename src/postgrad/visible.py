@@ -1,4 +1,4 @@
-"""Texts that a model wrote, for people to look at: what could act on a terminal or page is named."""
+"""Texts that a model wrote, as people may see them: characters that act are named instead."""
 
 import re
 

@@ -47,12 +47,17 @@ class Description:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A plain file for reading; OSError for links, pipes, devices and what does not exist."""
+    """A plain file for reading; FileNotFoundError, or `PostgradError` for links and pipes."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    number = os.open(path, flags)
+    try:
+        number = os.open(path, flags)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PostgradError(f"cannot read {path}: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(f"{path} is not a plain file")
+        raise PostgradError(f"cannot read {path}: it is no plain file")
     return os.fdopen(number, "rb")
 
 
@@ -62,7 +67,7 @@ def state_of(folder: Path) -> State:
         found = json.loads(_small(folder / STATUS))
         name, why = str(found["state"]), str(found["why"])
         host, process = found["host"], int(found["process"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (PostgradError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return State("unknown")  # a run of before there was such a file, or none of ours
     if name == "running" and host == platform.node() and not _alive(process):
         return State("killed", "its process is gone")
@@ -190,7 +195,7 @@ class Tail:
 
 @dataclass(frozen=True)
 class Found:
-    """Rows from a file's end backwards, and where to go on (None: the file's beginning is reached)."""
+    """Rows from a file's end backwards, and where to go on (None: its beginning is reached)."""
 
     rows: list[dict[str, Any]]
     before: int | None

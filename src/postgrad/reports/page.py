@@ -47,17 +47,18 @@ def render_page(template: str, *, scripts: tuple[str, ...] = (), **values: Any) 
     """
     script = "\n".join(asset(name) for name in ("page.js", "figures.js", *scripts))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = (
-        templates()
-        .get_template(template)
-        .render(
-            style=asset("figures.css") + asset("page.css"),
-            script=script,
-            script_hash=f"sha256-{digest}",
-            **values,
-        )
+    return rendered(
+        template,
+        style=asset("figures.css") + asset("page.css"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        **values,
     )
-    return visible(text)
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template's text with `values` escaped, and odd characters shown as escapes."""
+    return visible(templates().get_template(template).render(**values))
 
 
 def write_page(path: Path, text: str) -> Path:

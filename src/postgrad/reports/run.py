@@ -58,9 +58,10 @@ def write_run_report(folder: str | Path) -> Path:
         for name, points in curves.items()
         if name.startswith("evaluation/")
     }
+    samples = browser(read_rows(folder / SAMPLES))
     text = render_page(
         "run.html",
-        scripts=("samples.js",),
+        scripts=("cards.js", "samples.js") if samples["steps"] else (),
         about=paper_facts(run["method"]),
         facts=_facts(config, run, curves),
         **_evaluation_table(evaluations),
@@ -68,7 +69,7 @@ def write_run_report(folder: str | Path) -> Path:
         watched=[_curve(name, points) for name, points in evaluations.items() if len(points) > 2],
         time=_time(curves),
         profile=_profile(folder / PROFILE),
-        samples=browser(read_rows(folder / SAMPLES)),
+        samples=samples,
         settings=_settings(config),
         config_text=(folder / CONFIG).read_text(encoding="utf-8"),
         provenance=_provenance(run),

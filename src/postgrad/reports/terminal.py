@@ -4,6 +4,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -26,6 +27,7 @@ _BY_DEFAULT = 6  # charts
 _LABEL = 9  # columns of a chart's numbers
 _STATES = {"running": "green", "finished": "blue", "stopped": "yellow", "unknown": "bright_black"}
 _LONGEST_TEXT = 2000
+_PLAIN = str.maketrans("−–·●…", "---*.")  # for terminals that have ASCII only
 
 
 def watch(
@@ -111,7 +113,12 @@ def _frame(
     """All that is shown, at most `height` lines where that is given."""
     width = max(console.width, 10)
     dots = not console.options.ascii_only
-    lines = [line for i, run in enumerate(runs) for line in _headline(run, i, len(runs) > 1, width)]
+    lines = [
+        part
+        for i, run in enumerate(runs)
+        for line in _headline(run, i, len(runs) > 1)
+        for part in line.wrap(console, width)
+    ]
     room = math.inf if height is None else height - len(lines) - 1
     chosen = _chosen(runs, metrics)
     columns = max(1, width // (_NARROWEST + 2)) if width >= _NARROWEST else 0
@@ -133,11 +140,13 @@ def _frame(
         lines = lines[: height - 1]
     for line in lines:
         line.no_wrap = True
+        if not dots:
+            line.plain = line.plain.translate(_PLAIN)
         line.truncate(width, overflow="ellipsis" if dots else "crop")
     return Group(*lines)
 
 
-def _headline(run: Followed, index: int, several: bool, width: int) -> list[Text]:
+def _headline(run: Followed, index: int, several: bool) -> list[Text]:
     """Name, state and progress of a run, and what is odd about it."""
     about = run.description
     line = Text()
@@ -274,7 +283,7 @@ _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 def _joined(placed: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The dots of the straight lines between neighbouring places."""
     dots = list(placed[:1])
-    for (x0, y0), (x1, y1) in zip(placed, placed[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(placed):
         parts = max(abs(x1 - x0), abs(y1 - y0), 1)
         dots += [
             (x0 + round((x1 - x0) * i / parts), y0 + round((y1 - y0) * i / parts))
@@ -296,7 +305,8 @@ def _samples(runs: Sequence[Followed], width: int, room: float, console: Console
             ]
             title = f"sample of step {row['step']:,}"
             title += f" of {run.name}" if len(runs) > 1 else ""
-            block = [Text(), Text(visible(" · ".join([title, *numbers])), "bold")]
+            head = Text(visible(" · ".join([title, *numbers])), "bold")
+            block = [Text(), *head.wrap(console, width)[:4]]
             texts = [*shown["texts"], *_before_and_after(shown["pairs"])]
             if "tokens" in shown and "response" not in dict(texts):
                 texts.append(["response", "".join(shown["tokens"])])
