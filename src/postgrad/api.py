@@ -151,6 +151,10 @@ def _start(
                 "or choose another folder"
             )
         writable(path)
+    if "prometheus" in loop.log:
+        from postgrad.training import prometheus
+
+        prometheus.Place.of(loop.model_dump()).check()
     method = _built(slug, loop, own, objects)
     folder = RunFolder(path, trackers=loop.log, name=slug)
     settings = {"method": slug, **own.model_dump(mode="json"), **loop.model_dump(mode="json")}

@@ -132,8 +132,13 @@ class LoopSettings(Settings):
     stop_metric: str | None = setting(None, "evaluation metric watched for an early stop")
     stop_patience: int = setting(3, "evaluations without improvement before stopping", gt=0)
     stop_higher_is_better: bool = setting(True, "direction of stop_metric")
-    log: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+    log: list[Literal["tensorboard", "wandb", "trackio", "prometheus"]] = setting(
         ["tensorboard"], "where metrics go besides metrics.jsonl"
+    )
+    prometheus_port: int = setting(9464, "port of log=prometheus", ge=1, le=65535)
+    prometheus_host: str = setting("127.0.0.1", "where log=prometheus listens")
+    prometheus_token_env: str | None = setting(
+        None, "environment variable with the bearer token of log=prometheus"
     )
     report: bool = setting(True, "write report.html at the end")
     profile: bool = setting(False, "measure where a step's time and memory go; writes profile/")

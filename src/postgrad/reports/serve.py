@@ -42,7 +42,7 @@ _SCRIPTS = ("page.js", "figures.js", "cards.js", "serve.js")
 _DEEPEST, _MOST_RUNS, _MOST_FOLLOWED = 6, 5000, 32
 _RUNS, _FIGURES, _SAMPLES = 100, 24, 25  # on a page
 _PIECES = 4  # of a file of samples, searched for a page
-_LIVE, _BEHIND = 3.0, 0.3  # seconds until a page asks again
+_LIVE, _BEHIND, _QUIET = 3.0, 0.3, 15.0  # seconds until a page asks again
 _HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
@@ -262,7 +262,7 @@ def list_page(shelf: Shelf, query: Mapping[str, str]) -> str:
         words=query.get("q", ""),
         found=len(names),
         more="?" + urlencode({"q": words, "start": more}) if more < len(names) else "",
-        every=_LIVE if going else 0,
+        every=_LIVE if going else _QUIET,
     )
 
 
@@ -284,8 +284,14 @@ def _listed(shelf: Shelf, name: str) -> dict[str, Any]:
         "model": about.model,
         "steps": f"{step:,}" if step == about.steps else f"{step:,} of {about.steps:,}",
         "started": about.started[:16].replace("T", " "),
-        "age": "" if seconds is None else duration(round(seconds)),
+        "age": "" if seconds is None else _roughly(seconds),
     }
+
+
+def _roughly(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return duration(seconds) if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
 
 
 def curves_page(shelf: Shelf, names: Sequence[str], query: Mapping[str, str]) -> str:

@@ -81,7 +81,8 @@ class Terminal:
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        table = Table(title=f"sample after step {step}", show_header=False, width=100)
+        width = min(100, self._console.width)
+        table = Table(title=f"sample after step {step}", show_header=False, width=width)
         for key, value in rows[0].items():
             name = Text(visible(key))
             if isinstance(value, float):

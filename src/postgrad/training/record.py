@@ -84,7 +84,12 @@ class RunFolder:
             kept = read_rows(path)[:count]
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
             temporary.replace(path)
-        make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+        make = {
+            "tensorboard": _tensorboard,
+            "wandb": _wandb,
+            "trackio": _trackio,
+            "prometheus": _prometheus,
+        }
         self._trackers = [
             make[tracker](self.path, self._name, config, step) for tracker in self._tracker_names
         ]
@@ -176,3 +181,9 @@ def _trackio(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
         raise MissingExtra("trackio", "trackio") from error
     trackio.init(project="postgrad", name=path.name, config=config, resume="allow")
     return lambda step, values: trackio.finish() if step is None else trackio.log(values, step=step)
+
+
+def _prometheus(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
+    from postgrad.training.prometheus import Place, serve
+
+    return serve(Place.of(config), path, name, step)
