@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import os
+import re
 import secrets
 import socket
 from collections.abc import Mapping
@@ -81,8 +82,7 @@ class Access:
 
     def refusal(self, headers: Mapping[str, str]) -> HTTPStatus | None:
         """The status that a request with these headers (names in lower case) is refused with."""
-        host = headers.get("host", "")
-        name = host[: host.index("]") + 1] if "]" in host else host.partition(":")[0]
+        name = re.sub(r":\d*$", "", headers.get("host", ""))
         if is_loopback(self.host) and not is_loopback(name):
             return HTTPStatus.MISDIRECTED_REQUEST
         # browsers say where a request comes from; following a link is fine, loading parts is not

@@ -12,12 +12,12 @@
       sampleCard(`step ${row.step}`, row, rows.filter((other) => other.step === row.step))));
   };
 
-  let shown = live().outerHTML; // as it came, before anything was drawn into it
+  let last = "";
 
   const take = (text) => {
+    if (text === last) return;
+    last = text;
     const next = new DOMParser().parseFromString(text, "text/html").getElementById("live");
-    if (next.outerHTML === shown) return;
-    shown = next.outerHTML;
     const chosen = new Set([...document.querySelectorAll("input[name=run]:checked")].map((box) => box.value));
     live().replaceWith(document.adoptNode(next));
     for (const box of document.querySelectorAll("input[type=checkbox][name=run]"))
