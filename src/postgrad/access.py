@@ -56,8 +56,9 @@ def listening(host: str, port: int, key: str) -> socket.socket:
         except OSError:
             made.close()
             raise
-    except OSError as error:
-        raise PostgradError(f"{key}: cannot listen at {host}:{port}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # the latter: no name of a machine
+        why = getattr(error, "strerror", None) or error
+        raise PostgradError(f"{key}: cannot listen at {host}:{port}: {why}") from error
     return made
 
 

@@ -7,6 +7,7 @@ text, and a page may run no script and load nothing but the files of this packag
 
 import math
 import os
+import platform
 import threading
 import time
 from collections import OrderedDict
@@ -84,7 +85,8 @@ def serve(
     with closing(listening(host, port, "--port")) as socket:
         port = socket.getsockname()[1]
         app = application(shelf, Access(host, token, cookie=f"postgrad_{port}"))
-        named = f"[{host}]" if ":" in host else host
+        named = platform.node() if host in ("0.0.0.0", "::") else host
+        named = f"[{named}]" if ":" in named else named
         address = f"http://{named}:{port}/"
         if token:
             address += f"?token={f'${token_env}' if token_env else token}"
