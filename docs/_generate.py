@@ -40,7 +40,10 @@ ROOMS = (
     "objectives", "advantages", "tasks", "models", "sampling", "rewards", "evaluation", "methods",
     "training", "claims", "reports",
 )  # fmt: skip
-GROUND_FLOOR = ("api", "compare", "inspection", "config", "batch", "catalogue", "errors", "seeding")
+GROUND_FLOOR = (
+    "api", "compare", "inspection", "config", "batch", "catalogue", "errors", "seeding", "visible",
+    "access",
+)  # fmt: skip
 # a root file becomes a page; links between root files follow
 ROOT_PAGES = {
     "ARCHITECTURE.md": "architecture.md",

@@ -7,81 +7,24 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from postgrad.config import LoopSettings
 from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval
 from postgrad.reports.claim import claim_parts, verdict_text, write_claim_report
 from postgrad.reports.compare import write_compare_report
 from postgrad.reports.run import write_run_report
 from postgrad.reports.samples import browser, sample
+from postgrad.visible import visible
+from run_folders import HOSTILE_TEXTS, RUN, Page, run_folder
 
 HOSTILE = (
     '</script><script>alert(1)</script><img src=x onerror="alert(2)"> & "quoted" \u2028 \ud83d'
 )
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
-RUN = {
-    "method": "grace",
-    "started": "2026-05-04T09:12:44+0200",
-    "command": ["/home/ada/bin/postgrad", "train", "grace", "data.columns.anchor=my question"],
-    "data": {"data": "sha256:9f2b0c7a"},
-    "python": "3.11.9",
-    "machine": "x86_64, 2 threads",
-    "versions": {"postgrad": "0.1.0", "torch": "2.8.0"},
-}
-METRICS: list[dict[str, Any]] = [
-    {"step": 0, "evaluation/mrr": 0.302, "evaluation/loss": 2.0},
-    *(
-        {
-            "step": step,
-            "loss": 1.0 / step,
-            "reward": float(step),
-            "time/rollout": 3.0,
-            "time/update": 5.0,
-            "time/step": 10.0,
-            "throughput/tokens_per_second": 200.0,
-        }
-        for step in range(1, 5)
-    ),
-    {"step": 4, "evaluation/mrr": 0.427, "evaluation/loss": 1.5},
-]
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, its visible text, and its scripts."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.scripts: list[str] = []
-        self._raw: str | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))
-        self.text += " " if tag in ("th", "td", "dt", "dd", "tr", "p", "a", "figure") else ""
-        self._raw = tag if tag in ("script", "style") else None
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._raw = None
-
-    def handle_data(self, data: str) -> None:
-        if self._raw == "script":
-            self.scripts[-1] += data
-        elif self._raw is None:
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def strict(text: str) -> Any:
@@ -91,28 +34,6 @@ def strict(text: str) -> Any:
         raise AssertionError(f"{name} in JSON")
 
     return json.loads(text, parse_constant=refuse)
-
-
-def run_folder(
-    path: Path,
-    metrics: list[dict[str, Any]] = METRICS,
-    samples: list[dict[str, Any]] = [],  # noqa: B006
-    run: dict[str, Any] = RUN,
-    **config: Any,
-) -> Path:
-    path.mkdir()
-    settings = {
-        "method": run["method"],
-        "model": "smollm2",
-        "data": {"name": "docstrings", "columns": {"anchor": "q"}},
-        **LoopSettings(steps=4, learning_rate=3e-4).model_dump(mode="json"),
-        **config,
-    }
-    (path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    (path / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
-        (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def read(path: Path) -> tuple[str, Page]:
@@ -243,12 +164,48 @@ def test_what_a_model_wrote_stays_text_wherever_it_stands(tmp_path: Path) -> Non
     assert_self_contained(text, page)
     assert len(page.scripts) == 2
     assert page.all("img") == []
-    assert page.text.count(shown) >= 4
+    assert page.text.count(visible(shown)) >= 4
     found = strict(page.scripts[0])[0]["rows"][0]
-    assert found["texts"] == [["prompt", HOSTILE], ["response", HOSTILE]]
-    assert found["tokens"] == [HOSTILE, "b"]
-    assert found["pairs"] == [["rationale", HOSTILE, HOSTILE]]
-    assert found["numbers"] == [[HOSTILE, 1.0]]
+    seen = visible(HOSTILE)
+    assert found["texts"] == [["prompt", seen], ["response", seen]]
+    assert found["tokens"] == [seen, "b"]
+    assert found["pairs"] == [["rationale", seen, seen]]
+    assert found["numbers"] == [[seen, 1.0]]
+
+
+def assert_seen(text: str, page: Page, known: str = "") -> None:
+    """The page has no elements and no odd characters but ours, and some of what was written."""
+    assert visible(text) == text
+    assert not {name for name, _ in page.elements} & {"img", "b"}
+    assert len(page.scripts) <= 2
+    assert all("onload" not in attributes for _, attributes in page.elements)
+    assert known in page.text
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
+def test_hostile_texts_are_seen_as_they_are_in_every_page(text: str, tmp_path: Path) -> None:
+    row = {"step": 1, "prompt": text, "response": text, "tokens": [text], "advantages": [1.0]}
+    folder = run_folder(
+        tmp_path / "run", [{"step": 1, f"reward/{text[:99]}": 1.0}], [row, {"step": 1, text: text}]
+    )
+    html, page = read(write_run_report(folder))
+    assert_self_contained(html, page)
+    assert_seen(html, page)
+    assert len(html) < 1_500_000
+    first, second = strict(page.scripts[0])[0]["rows"]
+    assert first["texts"][0][1].startswith(visible(text)[:40_000])
+    assert visible(second["texts"][0][1]) == second["texts"][0][1]
+
+    runs = [{"method": "dpo", "seed": 0, "metrics": [{"step": 1, text[:99]: 1.0}]}]
+    made = write_compare_report(runs, tmp_path / "c.html", title=text, config={"data": text})
+    html, page = read(made)
+    assert_self_contained(html, page)
+    assert_seen(html, page, visible(text))
+
+    result = {**claim_result("yes"), "notes": text, "claim": text, "task": text}
+    html, page = read(write_claim_report(result, tmp_path / "claim.html"))
+    assert_self_contained(html, page)
+    assert_seen(html, page, visible(text))
 
 
 def test_the_script_of_samples_makes_no_markup_of_texts() -> None:

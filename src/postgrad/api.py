@@ -26,7 +26,9 @@ from postgrad.training.optimise import native_precision
 from postgrad.training.record import RUN, NoFolder, RunFolder, is_run, read_config
 
 # keys that may change from one part of a run to the next: results do not depend on them
-_FREE = ("output:", "profile:", "processes:", "nodes:", "rendezvous:", "shard:")
+_FREE = (
+    "output:", "profile:", "processes:", "nodes:", "rendezvous:", "shard:", "log:", "prometheus_",
+)  # fmt: skip
 
 
 @dataclass
@@ -153,7 +155,7 @@ def _start(
 
 
 def _place_for(slug: str, loop: LoopSettings, resumed: bool) -> Path:
-    """The run folder; it must not hold another run, and can be made."""
+    """The run folder; it must not hold another run, and can be made, as can its server."""
     path = Path(loop.output or Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not resumed:
         if is_run(path):
@@ -162,6 +164,10 @@ def _place_for(slug: str, loop: LoopSettings, resumed: bool) -> Path:
                 "or choose another folder"
             )
         writable(path)
+    if "prometheus" in loop.log:
+        from postgrad.training import prometheus
+
+        prometheus.Place.of(loop.model_dump()).check()
     return path
 
 

@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. Everything heavy is imported inside its command."""
 
+import io
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import click
 from postgrad import __version__
 from postgrad.catalogue import entries, require_implemented
 from postgrad.errors import PostgradError
+from postgrad.visible import visible
 
 
 class Commands(click.Group):
@@ -23,7 +25,7 @@ class Commands(click.Group):
             if context.params.get("debug"):
                 raise
             if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-                click.echo(f"error: {error}", err=True)
+                click.echo(f"error: {visible(str(error))}", err=True)
             context.exit(2)
 
 
@@ -32,6 +34,9 @@ class Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Published methods of policy optimisation and contrastive learning, side by side."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # what a terminal or file cannot hold of a model's words is written as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _complete_method(context: click.Context, argument: click.Parameter, typed: str) -> list[str]:
@@ -281,7 +286,9 @@ def sample(run: str, prompt: str, max_new_tokens: int, temperature: float, seed:
     """Let a run's (or any) language model answer PROMPT."""
     from postgrad.inspection import sample as sample_it
 
-    click.echo(sample_it(run, prompt, max_new_tokens, temperature, seed))
+    text = sample_it(run, prompt, max_new_tokens, temperature, seed)
+    # files and pipes get what the model wrote; a terminal would obey some of it
+    click.echo(visible(text) if sys.stdout.isatty() else text)
 
 
 @main.command()
@@ -294,6 +301,48 @@ def embed(run: str, file: Path, output: Path | None) -> None:
 
     target, shape = embed_file(run, file, output)
     click.echo(f"{shape[0]} embeddings of {shape[1]} dimensions: {target}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--metrics", help="Names or patterns, with commas: reward,evaluation/*.")
+@click.option("--once", is_flag=True, help="Print what there is now, and end.")
+@click.option(
+    "--every", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds."
+)
+@click.option("--wait", type=click.FloatRange(0), help="Seconds to wait for a run to begin.")
+def watch(
+    runs: tuple[Path, ...], metrics: str | None, once: bool, every: float, wait: float | None
+) -> None:
+    """Curves and newest samples of RUNS, in the terminal, until they end."""
+    from postgrad.reports.terminal import watch as watch_them
+
+    names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
+    try:
+        watch_them(runs, metrics=names, once=once, every=every, patience=wait)
+    except KeyboardInterrupt:  # the ordinary end of watching
+        sys.exit(0)
+
+
+@main.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[FOLDER]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", default=8420, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--token-env", metavar="NAME", help="Environment variable that holds the token.")
+def serve(folders: tuple[Path, ...], host: str, port: int, token_env: str | None) -> None:
+    """Runs below FOLDERs (default: runs) in the browser: curves, samples; read-only.
+
+    Only this machine can reach it; with another --host a token is demanded, which is
+    made up and printed unless --token-env names one.
+    """
+    from postgrad.reports.serve import serve as serve_them
+
+    try:
+        serve_them(
+            folders or (Path("runs"),), host=host, port=port, token_env=token_env, say=click.echo
+        )
+    except KeyboardInterrupt:  # the ordinary end of serving
+        sys.exit(0)
 
 
 @main.command()

@@ -138,8 +138,13 @@ class LoopSettings(Settings):
     stop_metric: str | None = setting(None, "evaluation metric watched for an early stop")
     stop_patience: int = setting(3, "evaluations without improvement before stopping", gt=0)
     stop_higher_is_better: bool = setting(True, "direction of stop_metric")
-    log: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+    log: list[Literal["tensorboard", "wandb", "trackio", "prometheus"]] = setting(
         ["tensorboard"], "where metrics go besides metrics.jsonl"
+    )
+    prometheus_port: int = setting(9464, "port of log=prometheus", ge=1, le=65535)
+    prometheus_host: str = setting("127.0.0.1", "where log=prometheus listens")
+    prometheus_token_env: str | None = setting(
+        None, "environment variable with the bearer token of log=prometheus"
     )
     report: bool = setting(True, "write report.html at the end")
     profile: bool = setting(False, "measure where a step's time and memory go; writes profile/")
@@ -161,7 +166,8 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def _load_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """YAML text as plain data."""
     return yaml.load(text, Loader=_Yaml)  # a SafeLoader: plain data only
 
 
@@ -171,7 +177,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise PostgradError(f"configuration file {path} does not exist")
     try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise PostgradError(f"configuration file {path} is not valid YAML: {line}") from error
@@ -185,7 +191,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """A command-line value read as YAML."""
     try:
-        return _load_yaml(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise PostgradError(f"cannot read the value {text!r}: not valid YAML") from error
 

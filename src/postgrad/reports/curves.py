@@ -5,6 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+# from this many points on a noisy curve is drawn smoothed
+_SMOOTHED = 24
+LEADING = ("reward", "loss")
 Point = tuple[float, float]
 Band = tuple[float, float, float]
 
@@ -17,6 +20,25 @@ def points_by_name(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
             if name != "step" and isinstance(value, (int, float)):
                 found.setdefault(name, []).append((float(row["step"]), float(value)))
     return found
+
+
+def prefix(name: str) -> str:
+    """What a metric belongs to: `reward`, `loss`, the word before its first `/`, or nothing."""
+    for word in LEADING:
+        if name == word or name.startswith((f"{word}/", f"{word}_")):
+            return word
+    return name.split("/")[0] if "/" in name else ""
+
+
+def by_importance(names: Iterable[str]) -> list[str]:
+    """The names of metrics in the order of a report: evaluations, reward, loss, others, time."""
+    order = {"evaluation": 0, "reward": 1, "loss": 2, "": 3, "throughput": 5, "time": 6}
+    return sorted(names, key=lambda name: order.get(prefix(name), 4))
+
+
+def spoken(name: str) -> str:
+    """A metric's name for people."""
+    return name.replace("_", " ").replace("/", " / ")
 
 
 def finite(points: Sequence[Sequence[float]]) -> tuple[list[Point], str]:
@@ -55,6 +77,16 @@ def smooth(points: Sequence[Point], half_life: float) -> list[Point]:
         (x, (b[0] + a[0] - y) / (b[1] + a[1] - 1.0))
         for (x, y), b, a in zip(points, before, after, strict=True)
     ]
+
+
+def readable(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+    """Finite points as a line to draw, and what to draw pale behind it: a noisy curve is smoothed.
+
+    The second is empty where the line is of the values themselves.
+    """
+    if len(points) < _SMOOTHED or not is_noisy(points):
+        return thin(points), []
+    return thin(smooth(points, half_life=len(points) / 40), 300), thin(points)
 
 
 def _decayed(values: Sequence[float], decay: float) -> list[tuple[float, float]]:

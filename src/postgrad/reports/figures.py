@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from postgrad.reports.curves import Band, Point, finite
+from postgrad.visible import visible
 
 COLOURS = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 12.0, 10.0, 26.0
@@ -238,7 +239,7 @@ def _hover(
         "bottom": frame.height - _BOTTOM,
         "series": [
             {
-                "name": name,
+                "name": visible(name),
                 "colour": colour % COLOURS,
                 "at": [
                     [

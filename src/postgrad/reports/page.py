@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from postgrad.catalogue import entries
 from postgrad.errors import PostgradError
 from postgrad.reports.figures import number
+from postgrad.visible import visible
 
 _HERE = Path(__file__).parent
 
@@ -42,20 +43,22 @@ def render_page(template: str, *, scripts: tuple[str, ...] = (), **values: Any) 
     """A whole HTML page from a template, with its styles and `scripts` inside.
 
     The page forbids its reader's browser every request, and every script but these, whatever the
-    texts that it shows contain.
+    texts that it shows contain; characters that act instead of being seen are shown as escapes.
     """
     script = "\n".join(asset(name) for name in ("page.js", "figures.js", *scripts))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        templates()
-        .get_template(template)
-        .render(
-            style=asset("figures.css") + asset("page.css"),
-            script=script,
-            script_hash=f"sha256-{digest}",
-            **values,
-        )
+    return rendered(
+        template,
+        style=asset("figures.css") + asset("page.css"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        **values,
     )
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template's text with `values` escaped, and odd characters shown as escapes."""
+    return visible(templates().get_template(template).render(**values))
 
 
 def write_page(path: Path, text: str) -> Path:

@@ -12,7 +12,16 @@ from markupsafe import Markup
 
 from postgrad.config import LoopSettings, flat, read_yaml
 from postgrad.errors import PostgradError
-from postgrad.reports.curves import Point, finite, is_noisy, points_by_name, smooth, thin
+from postgrad.reports.curves import (
+    LEADING,
+    Point,
+    finite,
+    points_by_name,
+    prefix,
+    readable,
+    spoken,
+    thin,
+)
 from postgrad.reports.figures import Series, line_chart, number, sparkline, stacked_chart
 from postgrad.reports.page import duration, paper_facts, render_page, write_page
 from postgrad.reports.samples import browser
@@ -28,9 +37,6 @@ from postgrad.training.record import (
 )
 
 REPORT = "report.html"
-# from this many points on a curve is drawn smoothed, with the values themselves pale behind it
-_SMOOTHED = 24
-_LEADING = ("reward", "loss")
 _OTHER = 7  # grey
 _OPERATORS = 15  # rows of the operators' table; the profile has more
 
@@ -52,9 +58,10 @@ def write_run_report(folder: str | Path) -> Path:
         for name, points in curves.items()
         if name.startswith("evaluation/")
     }
+    samples = browser(read_rows(folder / SAMPLES))
     text = render_page(
         "run.html",
-        scripts=("samples.js",),
+        scripts=("cards.js", "samples.js") if samples["steps"] else (),
         about=paper_facts(run["method"]),
         facts=_facts(config, run, curves),
         **_evaluation_table(evaluations),
@@ -62,7 +69,7 @@ def write_run_report(folder: str | Path) -> Path:
         watched=[_curve(name, points) for name, points in evaluations.items() if len(points) > 2],
         time=_time(curves),
         profile=_profile(folder / PROFILE),
-        samples=browser(read_rows(folder / SAMPLES)),
+        samples=samples,
         settings=_settings(config),
         config_text=(folder / CONFIG).read_text(encoding="utf-8"),
         provenance=_provenance(run),
@@ -110,7 +117,7 @@ def _evaluation_table(evaluations: Mapping[str, Sequence[Point]]) -> dict[str, A
             change = ("+" if after > before else "") + number(after - before, 3)
         rows.append(
             {
-                "name": _spoken(name),
+                "name": spoken(name),
                 "before": "–" if before is None else number(before),
                 "after": "–" if after is None else number(after),
                 "change": change,
@@ -128,23 +135,22 @@ def _groups(curves: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
     """The figures of training metrics by prefix; prefixes with one metric go together."""
     by_prefix: dict[str, list[str]] = {}
     for name in curves:
-        prefix = _prefix(name)
-        if prefix not in ("evaluation", "time", "throughput"):
-            by_prefix.setdefault(prefix, []).append(name)
+        if prefix(name) not in ("evaluation", "time", "throughput"):
+            by_prefix.setdefault(prefix(name), []).append(name)
     together = by_prefix.pop("", [])
-    for prefix in [prefix for prefix, names in by_prefix.items() if len(names) == 1]:
-        single = by_prefix.pop(prefix)
-        together = single + together if prefix in _LEADING else together + single
-    order = [*_LEADING, "training", *sorted(by_prefix.keys() - set(_LEADING))]
+    for first in [first for first, names in by_prefix.items() if len(names) == 1]:
+        single = by_prefix.pop(first)
+        together = single + together if first in LEADING else together + single
+    order = [*LEADING, "training", *sorted(by_prefix.keys() - set(LEADING))]
     groups = {**by_prefix, "training": together}
     return [
         {
-            "id": f"metrics-{prefix}",
-            "name": prefix.replace("_", " ").capitalize(),
-            "figures": _figures({name.removeprefix(f"{prefix}/"): curves[name] for name in names}),
+            "id": f"metrics-{first}",
+            "name": first.replace("_", " ").capitalize(),
+            "figures": _figures({name.removeprefix(f"{first}/"): curves[name] for name in names}),
         }
-        for prefix in order
-        if (names := groups.get(prefix))
+        for first in order
+        if (names := groups.get(first))
     ]
 
 
@@ -164,28 +170,15 @@ def _figures(curves: Mapping[str, Sequence[Point]]) -> list[Markup]:
         ]
         odd = sum(len(curves[name]) - len(finite(curves[name])[0]) for name in names)
         note = f"Values that are not finite are left out: {odd}." if odd else ""
-        figures.append(line_chart(_spoken(stem), series, note=note))
+        figures.append(line_chart(spoken(stem), series, note=note))
     return figures
 
 
-def _spoken(name: str) -> str:
-    return name.replace("_", " ").replace("/", " / ")
-
-
-def _prefix(name: str) -> str:
-    for word in _LEADING:
-        if name == word or name.startswith((f"{word}/", f"{word}_")):
-            return word
-    return name.split("/")[0] if "/" in name else ""
-
-
 def _curve(name: str, points: Sequence[Point]) -> Markup:
-    title = _spoken(name)
+    title = spoken(name)
     known, note = finite(points)
-    if len(known) < _SMOOTHED or not is_noisy(known):
-        return line_chart(title, [Series(title, thin(known))], note=note)
-    smoothed = thin(smooth(known, half_life=len(known) / 40), 300)
-    return line_chart(title, [Series(title, smoothed, raw=thin(known))], note=note)
+    line, raw = readable(known)
+    return line_chart(title, [Series(title, line, raw=raw)], note=note)
 
 
 def _time(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from postgrad.visible import shortened, visible
+
 
 class Watcher(Protocol):
     """What the loop tells whoever watches."""
@@ -39,7 +41,7 @@ class Terminal:
         self._progress = Progress(
             BarColumn(20),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -59,7 +61,7 @@ class Terminal:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(Text(line))
+        self._console.print(Text(visible(line)))
 
     def step(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
         total = seconds.get("step", 0.0)
@@ -79,11 +81,13 @@ class Terminal:
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        table = Table(title=f"sample after step {step}", show_header=False, width=100)
+        width = min(100, self._console.width)
+        table = Table(title=f"sample after step {step}", show_header=False, width=width)
         for key, value in rows[0].items():
+            name = Text(visible(key))
             if isinstance(value, float):
-                table.add_row(key, f"{value:.4g}")
+                table.add_row(name, f"{value:.4g}")
             elif isinstance(value, str) and not value.startswith("data:"):
                 # a sample is a model's words: shown as text, never as markup
-                table.add_row(key, Text(value if len(value) <= 400 else value[:400] + " …"))
+                table.add_row(name, Text(visible(shortened(value, 400))))
         self._console.print(table)

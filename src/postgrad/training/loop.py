@@ -105,6 +105,7 @@ class Loop:
         self.folder.open(config, self.step, self.rows)
         with self._signals(), self._profiler or nullcontext():
             self._train()
+        self.folder.stopped = self._stopping
         if self._profiler:
             for line in self._profiler.lines():
                 self.watcher.say(line)

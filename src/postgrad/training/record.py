@@ -1,6 +1,8 @@
 """The run folder: configuration, metrics, samples, events; append-only and cut back on resume."""
 
 import json
+import os
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +14,7 @@ from postgrad.config import read_yaml
 from postgrad.errors import MissingExtra, PostgradError
 
 CONFIG, METRICS, SAMPLES, RUN = "config.yaml", "metrics.jsonl", "samples.jsonl", "run.json"
+STATUS = "status.json"
 PROFILE, TRACE = "profile/profile.json", "profile/trace.json.gz"
 OPERATORS = "profile/operators.txt"
 
@@ -37,7 +40,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """What a run leaves behind: rows are appended, and cut back to a checkpoint's on resume."""
+    """What a run leaves behind: rows are appended, and cut back to a checkpoint's on resume.
+
+    While it is entered, `status.json` says that the run goes on, and afterwards how it ended.
+
+    Attributes:
+        stopped: whether the run was asked to stop before its last step.
+    """
 
     def __init__(self, path: Path, *, trackers: Iterable[str] = (), name: str = "postgrad"):
         self.path = path
@@ -45,6 +54,7 @@ class RunFolder:
         self._name = name
         self._trackers: list[Any] = []
         self.rows = {METRICS: 0, SAMPLES: 0}
+        self.stopped = False
 
     def create(self, config: dict[str, Any], run: dict[str, Any]) -> None:
         """Make the folder with its configuration; it must not hold another run."""
@@ -74,7 +84,12 @@ class RunFolder:
             kept = read_rows(path)[:count]
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
             temporary.replace(path)
-        make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+        make = {
+            "tensorboard": _tensorboard,
+            "wandb": _wandb,
+            "trackio": _trackio,
+            "prometheus": _prometheus,
+        }
         self._trackers = [
             make[tracker](self.path, self._name, config, step) for tracker in self._tracker_names
         ]
@@ -95,7 +110,19 @@ class RunFolder:
             raise PostgradError(f"cannot write {self.path / name}: {error.strerror}") from error
         self.rows[name] += len(rows)
 
+    def _says(self, state: str, why: str = "") -> None:
+        """Write what state the run is in, whole or not at all."""
+        status = {"state": state, "why": why, "host": platform.node(), "process": os.getpid()}
+        path = self.path / STATUS
+        temporary = path.with_suffix(".writing")
+        try:
+            temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise PostgradError(f"cannot write {path}: {error.strerror}") from error
+
     def __enter__(self) -> "RunFolder":
+        self._says("running")
         return self
 
     def __exit__(
@@ -104,6 +131,14 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is None:
+            self._says("stopped" if self.stopped else "finished")
+        else:
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            try:
+                self._says(state, str(error) or type(error).__name__)
+            except PostgradError as second:  # the disk may be full: the first error counts
+                error.add_note(str(second))
         for track in self._trackers:
             track(None, {})
 
@@ -123,6 +158,9 @@ class NoFolder(RunFolder):
         pass
 
     def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        pass
+
+    def _says(self, state: str, why: str = "") -> None:
         pass
 
 
@@ -164,3 +202,9 @@ def _trackio(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
         raise MissingExtra("trackio", "trackio") from error
     trackio.init(project="postgrad", name=path.name, config=config, resume="allow")
     return lambda step, values: trackio.finish() if step is None else trackio.log(values, step=step)
+
+
+def _prometheus(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
+    from postgrad.training.prometheus import Place, serve
+
+    return serve(Place.of(config), path, name, step)

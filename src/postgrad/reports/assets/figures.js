@@ -60,5 +60,7 @@
     svg.addEventListener("pointerleave", clear);
   };
 
-  document.querySelectorAll("svg[data-hover]").forEach(attach);
+  const attachAll = () => document.querySelectorAll("svg[data-hover]").forEach(attach);
+  document.addEventListener("figures", attachAll); // new ones were put into the page
+  attachAll();
 }
