@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from postgrad.config import LoopSettings, Settings, flat, read_yaml, resolve
 from postgrad.errors import PostgradError
 from postgrad.memory import keep_freed_memory
 from postgrad.methods.base import Method, Place
+from postgrad.notices import heard_by
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import Finished, Loop, pick_device, writable
@@ -151,6 +152,21 @@ def _start(
                 "or choose another folder"
             )
         writable(path)
+    watch = Silent() if quiet else Terminal(loop.steps, 0)
+    with heard_by(watch.say):
+        return _run(slug, loop, own, objects, path, watch, resumed, allow_changes)
+
+
+def _run(
+    slug: str,
+    loop: LoopSettings,
+    own: Settings,
+    objects: dict[str, Any],
+    path: Path,
+    watch: Silent | Terminal,
+    resumed: bool,
+    allow_changes: bool,
+) -> Run:
     method = _built(slug, loop, own, objects)
     folder = RunFolder(path, trackers=loop.log, name=slug)
     settings = {"method": slug, **own.model_dump(mode="json"), **loop.model_dump(mode="json")}
@@ -159,9 +175,8 @@ def _start(
         _require_same_data(path, prints, allow_changes)
     else:
         folder.create(settings, _about(slug, prints))
-    watch = Terminal(loop.steps, 0) if not quiet else nullcontext(Silent())
-    with closing(method), folder, watch as watcher:
-        trainer = Loop(method, loop, folder, watcher)
+    with closing(method), folder, watch:
+        trainer = Loop(method, loop, folder, watch)
         if resumed:
             trainer.restore()
         finished = trainer.run(settings)
@@ -227,6 +242,6 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         # rows of data are an object; lists of names and numbers are settings
         return all(_plain(item) and not isinstance(item, Mapping) for item in value) or all(
-            isinstance(item, Mapping) and "name" in item for item in value
+            isinstance(item, Mapping) and item.keys() & {"name", "url"} for item in value
         )
     return value is None or isinstance(value, (bool, int, float, str))

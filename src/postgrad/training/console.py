@@ -20,6 +20,17 @@ class Watcher(Protocol):
 class Silent:
     """Nobody watches."""
 
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
     def say(self, line: str) -> None:
         pass
 
