@@ -206,9 +206,9 @@ def test_the_servers_own_pause_is_kept():
 
 
 def test_after_the_last_try_the_line_says_how_often():
-    with serving(lambda *_: (503, b"", {})) as url:
-        with pytest.raises(PostgradError, match=r"completion 1: status 503 .*\(3 tries in 0 s\)"):
-            ask({"url": url, "retries": 2}, ["a"])
+    tries = r"completion 1: status 503 .*\(3 tries in 0 s\)"
+    with serving(lambda *_: (503, b"", {})) as url, pytest.raises(PostgradError, match=tries):
+        ask({"url": url, "retries": 2}, ["a"])
 
 
 def test_a_server_that_is_down_and_one_that_comes_back():
@@ -388,11 +388,11 @@ def test_errors_of_async_functions():
     ):
         with pytest.raises(PostgradError, match=message):
             load_rewards(function)(["p"] * 3, ["a", "bad", "bad"], {})
+
+    async def needs(completion, answer):
+        return 1.0
+
     with pytest.raises(PostgradError, match="needs the column 'answer'"):
-
-        async def needs(completion, answer):
-            return 1.0
-
         load_rewards(needs)(["p"], ["a"], {})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from postgrad.catalogue import method_class
 from postgrad.config import LoopSettings, Settings, flat, read_yaml, resolve
@@ -19,11 +21,12 @@ from postgrad.errors import PostgradError
 from postgrad.memory import keep_freed_memory
 from postgrad.methods.base import Method, Place
 from postgrad.notices import heard_by
+from postgrad.secrecy import blanked_word, require_no_secrets
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import Finished, Loop, pick_device, writable
 from postgrad.training.optimise import native_precision
-from postgrad.training.record import RUN, RunFolder, is_run, read_config
+from postgrad.training.record import RUN, RunFolder, Sources, is_run, read_config
 
 
 @dataclass
@@ -144,6 +147,7 @@ def _start(
     resumed: bool = False,
     allow_changes: bool = False,
 ) -> Run:
+    require_no_secrets({**own.model_dump(mode="json"), **loop.model_dump(mode="json")})
     path = Path(loop.output or Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not resumed:
         if is_run(path):
@@ -167,25 +171,53 @@ def _run(
     resumed: bool,
     allow_changes: bool,
 ) -> Run:
+    sources = Sources(_files(own))
     method = _built(slug, loop, own, objects)
     folder = RunFolder(path, trackers=loop.log, name=slug)
     settings = {"method": slug, **own.model_dump(mode="json"), **loop.model_dump(mode="json")}
     prints = method.fingerprints()
     if resumed:
-        _require_same_data(path, prints, allow_changes)
+        _require_same_data(path, prints, sources.digests, allow_changes)
     else:
-        folder.create(settings, _about(slug, prints))
+        about = _about(slug, prints, sources.digests)
+        folder.create(settings, about, fresh=loop.output is None)
     with closing(method), folder, watch:
-        trainer = Loop(method, loop, folder, watch)
+        trainer = Loop(method, loop, folder, watch, sources)
         if resumed:
             trainer.restore()
         finished = trainer.run(settings)
-        method.save(path / "model")
-        if loop.report:
-            from postgrad.reports.run import write_run_report
+        if not finished.cut:
+            _save_model(method, folder.path)
+            if loop.report:
+                from postgrad.reports.run import write_run_report
 
-            write_run_report(path)
-    return Run(path, method, finished)
+                write_run_report(folder.path)
+    return Run(folder.path, method, finished)
+
+
+def _save_model(method: Method, path: Path) -> None:
+    """Write the final model, whole or not at all."""
+    target, temporary = path / "model", path / ".model.writing"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        method.save(temporary)
+        if temporary.exists():  # some methods have none
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise PostgradError(
+            f"cannot write the final model {target}: {reason}; training is over and saved: "
+            f"--resume {path} writes the model"
+        ) from error
+
+
+def _files(own: Settings) -> dict[str, Path]:
+    """The local files that the settings name as data, by setting."""
+    named = {key: getattr(own, key, None) for key in ("data", "eval_data")}
+    files = {key: getattr(data, "name", None) for key, data in named.items()}
+    return {key: Path(name).expanduser() for key, name in files.items() if name}
 
 
 def build(slug: str, own: Settings, place: Place, objects: Mapping[str, Any]) -> Method:
@@ -200,21 +232,27 @@ def build(slug: str, own: Settings, place: Place, objects: Mapping[str, Any]) ->
         raise
 
 
-def _about(slug: str, prints: dict[str, str]) -> dict[str, Any]:
+def _about(slug: str, prints: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
     return {
         "method": slug,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": [blanked_word(word) for word in sys.argv],
         "data": prints,
+        "files": files,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("postgrad", "torch", "transformers")},
     }
 
 
-def _require_same_data(path: Path, prints: dict[str, str], allow_changes: bool) -> None:
-    before = json.loads((path / RUN).read_text(encoding="utf-8"))["data"]
-    changed = [name for name in prints if before.get(name) != prints[name]]
+def _require_same_data(
+    path: Path, prints: dict[str, str], files: dict[str, str], allow_changes: bool
+) -> None:
+    before = json.loads((path / RUN).read_text(encoding="utf-8"))
+    # the rows in use tell more than the file, where a method says which they are
+    before = {**before.get("files", {}), **before["data"]}
+    now = {**files, **prints}
+    changed = [name for name in now if name in before and before[name] != now[name]]
     if changed and not allow_changes:
         raise PostgradError(
             f"{changed[0]}: its content has changed since {path} was started "

@@ -21,7 +21,9 @@ class Commands(click.Group):
         except PostgradError as error:
             if context.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
+            from postgrad.secrecy import blanked
+
+            click.echo(f"error: {blanked(str(error))}", err=True)
             context.exit(2)
 
 

@@ -14,7 +14,7 @@ from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval
 from postgrad.reports.compare import write_compare_report
 from postgrad.tasks import Examples, load
-from postgrad.training.record import METRICS, is_run, read_rows
+from postgrad.training.record import METRICS, fresh_folder, is_run, read_rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ def compare(
     may be named several times with settings of its own, `grpo:mask.clip_high=0.28`; `settings` are
     those of all. Runs that are complete in `output` are kept, unfinished ones continue.
     """
-    output = output or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if len(set(methods)) < len(methods):
         raise PostgradError("a method is named twice")
     contenders = [Contender(name) for name in methods]
@@ -61,6 +60,8 @@ def compare(
     for each, cost in costs.items():
         if budget < cost:
             raise PostgradError(f"budget: {each.name} needs at least {cost} samples for one step")
+    if output is None:
+        output = fresh_folder(Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
     runs = []
     for seed in range(seeds):
         for each, cost in costs.items():

@@ -83,7 +83,7 @@ class Term:
     def is_async(self) -> bool:
         function: Any = self.function
         return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(type(function), "__call__", None)
+            type(function).__call__
         )
 
     @property
@@ -260,10 +260,11 @@ def load_rewards(
     Args:
         specs: one or several of: a verifier of the library (`numeric`), `module:function`,
             `path/to/file.py:function`, the folder of a reward model, the address of a reward server
-            (`http://host:port/path`), each also as `name*0.5`; a mapping `{"name": …, "weight": …, **settings}`, whose settings go to the verifier's
-            maker or with every call to the function (`reward-model` has the setting `model`, a
-            folder or a Hub id; a reward server those of `postgrad.rewards.remote.ServerSettings`);
-            or, in Python, a function.
+            (`http://host:port/path`), each also as `name*0.5`; a mapping
+            `{"name": …, "weight": …, **settings}`, whose settings go to the verifier's maker or
+            with every call to the function (`reward-model` has the setting `model`, a folder or a
+            Hub id; a reward server those of `postgrad.rewards.remote.ServerSettings`); or, in
+            Python, a function.
         time_limit: seconds that one call of one function may take; a server has a limit of its own.
 
     Raises:

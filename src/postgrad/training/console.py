@@ -8,6 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from postgrad.secrecy import blanked
+
 
 class Watcher(Protocol):
     """What the loop tells whoever watches."""
@@ -70,7 +72,7 @@ class Terminal:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(Text(line))
+        self._console.print(Text(blanked(line)))
 
     def step(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
         total = seconds.get("step", 0.0)
@@ -96,5 +98,6 @@ class Terminal:
                 table.add_row(key, f"{value:.4g}")
             elif isinstance(value, str) and not value.startswith("data:"):
                 # a sample is a model's words: shown as text, never as markup
-                table.add_row(key, Text(value if len(value) <= 400 else value[:400] + " …"))
+                shown = blanked(value)
+                table.add_row(key, Text(shown if len(shown) <= 400 else shown[:400] + " …"))
         self._console.print(table)
