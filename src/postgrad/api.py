@@ -21,7 +21,7 @@ from postgrad.errors import PostgradError
 from postgrad.memory import keep_freed_memory
 from postgrad.methods.base import Method, Place
 from postgrad.notices import heard_by
-from postgrad.secrecy import blanked_word, require_no_secrets
+from postgrad.secrecy import blanked_command, require_no_secrets
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import Finished, Loop, pick_device, writable
@@ -150,7 +150,7 @@ def _start(
     require_no_secrets({**own.model_dump(mode="json"), **loop.model_dump(mode="json")})
     path = Path(loop.output or Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not resumed:
-        if is_run(path):
+        if loop.output is not None and is_run(path):
             raise PostgradError(
                 f"output: {path} already holds a run: continue it with --resume {path}, "
                 "or choose another folder"
@@ -236,7 +236,7 @@ def _about(slug: str, prints: dict[str, str], files: dict[str, str]) -> dict[str
     return {
         "method": slug,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [blanked_word(word) for word in sys.argv],
+        "command": blanked_command(sys.argv),
         "data": prints,
         "files": files,
         "python": platform.python_version(),

@@ -3,12 +3,13 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from postgrad.errors import PostgradError
 
-_NAME = re.compile(r"(.*_)?(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
+_NAME = re.compile(r"(.*[_-])?(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"(\b\w[\w+.-]{0,20}://[^\s/:@]{0,200}:)[^\s/@]{1,200}(?=@)")
 _ASSIGNED = re.compile(
     r"(?i)\b((?:[\w.-]*[_.-])?(?:api_?key|access_?key|token|secret|password|passwd)"
@@ -39,9 +40,13 @@ def blanked(text: str) -> str:
     return _PASSWORD_IN_URL.sub(rf"\1{HIDDEN}", text)
 
 
-def blanked_word(word: str) -> str:
-    """A word of a command line, also without what it assigns to a `token`, a `password` …"""
-    return _ASSIGNED.sub(rf"\1{HIDDEN}", blanked(word))
+def blanked_command(words: Sequence[str]) -> list[str]:
+    """A command line, also without what it gives as a `token`, a `password` …"""
+    return [
+        HIDDEN if _NAME.fullmatch(before.lstrip("-")) and before.startswith("-")
+        else _ASSIGNED.sub(rf"\1{HIDDEN}", blanked(word))
+        for before, word in pairwise(["", *words])
+    ]  # fmt: skip
 
 
 def require_no_secrets(settings: Mapping[str, Any], prefix: str = "") -> None:

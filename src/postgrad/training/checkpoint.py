@@ -135,9 +135,13 @@ def load_latest(folder: Path, say: Any) -> tuple[int, dict[str, Any]] | None:
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if damage is None:
-            structure = json.loads((path / STRUCTURE).read_text(encoding="utf-8"))
-            state = unflatten(structure, load_file(path / TENSORS))
-            return int(path.name.removeprefix("step-")), state
+            try:
+                structure = json.loads((path / STRUCTURE).read_text(encoding="utf-8"))
+                state = unflatten(structure, load_file(path / TENSORS))
+            except (ValueError, SafetensorError):
+                damage = "its content is no checkpoint"
+            else:
+                return int(path.name.removeprefix("step-")), state
         say(f"checkpoint {path} is damaged ({damage}); trying the one before")
     return None
 

@@ -72,7 +72,7 @@ class Terminal:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(Text(blanked(line)))
+        self._console.print(Text(blanked(line)), soft_wrap=True)
 
     def step(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
         total = seconds.get("step", 0.0)
