@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from postgrad import processes
 from postgrad.catalogue import method_class
 from postgrad.config import LoopSettings, Settings, flat, read_yaml, resolve
 from postgrad.errors import PostgradError
@@ -26,7 +27,10 @@ from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import Finished, Loop, pick_device, writable
 from postgrad.training.optimise import native_precision
-from postgrad.training.record import RUN, RunFolder, Sources, is_run, read_config
+from postgrad.training.record import RUN, NoFolder, RunFolder, Sources, is_run, read_config
+
+# keys that may change from one part of a run to the next: results do not depend on them
+_FREE = ("output:", "profile:", "notice:", "processes:", "nodes:", "rendezvous:")
 
 
 @dataclass
@@ -88,7 +92,7 @@ def resume(
     old = _resolved(kind, saved)
     loop, own = _resolved(kind, saved, settings)
     changed = _differences({**flat(old[0]), **flat(old[1])}, {**flat(loop), **flat(own)})
-    changed = [line for line in changed if not line.startswith(("output:", "profile:"))]
+    changed = [line for line in changed if not line.startswith(_FREE)]
     if changed and not allow_changes:
         raise PostgradError(
             f"the configuration differs from that of {folder}: {'; '.join(changed)} "
@@ -148,6 +152,15 @@ def _start(
     allow_changes: bool = False,
 ) -> Run:
     require_no_secrets({**own.model_dump(mode="json"), **loop.model_dump(mode="json")})
+    with processes.joined():
+        path = processes.agreed(lambda: _place_for(slug, loop, resumed))
+        watch = Terminal(loop.steps, 0) if not quiet and processes.first() else Silent()
+        with heard_by(watch.say):
+            return _run(slug, loop, own, objects, path, watch, resumed, allow_changes)
+
+
+def _place_for(slug: str, loop: LoopSettings, resumed: bool) -> Path:
+    """The run folder; it must not hold another run, and can be made."""
     path = Path(loop.output or Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not resumed:
         if loop.output is not None and is_run(path):
@@ -156,9 +169,7 @@ def _start(
                 "or choose another folder"
             )
         writable(path)
-    watch = Silent() if quiet else Terminal(loop.steps, 0)
-    with heard_by(watch.say):
-        return _run(slug, loop, own, objects, path, watch, resumed, allow_changes)
+    return path
 
 
 def _run(
@@ -173,25 +184,23 @@ def _run(
 ) -> Run:
     sources = Sources(_files(own))
     method = _built(slug, loop, own, objects)
-    folder = RunFolder(path, trackers=loop.log, name=slug)
+    kind = RunFolder if processes.first() else NoFolder
+    folder = kind(path, trackers=loop.log, name=slug)
     settings = {"method": slug, **own.model_dump(mode="json"), **loop.model_dump(mode="json")}
     prints = method.fingerprints()
     if resumed:
         _require_same_data(path, prints, sources.digests, allow_changes)
     else:
         about = _about(slug, prints, sources.digests)
-        folder.create(settings, about, fresh=loop.output is None)
+        fresh = loop.output is None
+        folder.path = processes.agreed(lambda: folder.create(settings, about, fresh=fresh))
     with closing(method), folder, watch:
         trainer = Loop(method, loop, folder, watch, sources)
         if resumed:
             trainer.restore()
         finished = trainer.run(settings)
         if not finished.cut:
-            _save_model(method, folder.path)
-            if loop.report:
-                from postgrad.reports.run import write_run_report
-
-                write_run_report(folder.path)
+            processes.agreed(lambda: _leave_behind(method, folder.path, loop))
     return Run(folder.path, method, finished)
 
 
@@ -220,6 +229,15 @@ def _files(own: Settings) -> dict[str, Path]:
     return {key: Path(name).expanduser() for key, name in files.items() if name}
 
 
+def _leave_behind(method: Method, path: Path, loop: LoopSettings) -> None:
+    """Write the final model and, if wanted, the report."""
+    _save_model(method, path)
+    if loop.report:
+        from postgrad.reports.run import write_run_report
+
+        write_run_report(path)
+
+
 def build(slug: str, own: Settings, place: Place, objects: Mapping[str, Any]) -> Method:
     """The method as an object, with parts that a Python caller made put in place of named ones."""
     kind = method_class(slug)
@@ -241,6 +259,7 @@ def _about(slug: str, prints: dict[str, str], files: dict[str, str]) -> dict[str
         "files": files,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "processes": processes.count(),
         "versions": {name: version(name) for name in ("postgrad", "torch", "transformers")},
     }
 

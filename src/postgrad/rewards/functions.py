@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from postgrad import processes
 from postgrad.errors import NonFinite, PostgradError, unknown
 from postgrad.rewards.remote import RewardServer, is_server
 from postgrad.rewards.running import Postponed, Started, attempt, attempt_within, gathered, outcome
@@ -112,12 +113,13 @@ class Term:
     def call(self, available: Mapping[str, list[Any]], time_limit: float) -> Any:
         """What the function returns, called with those keywords that it takes.
 
+        Of several processes one calls it and tells the others.
         One that `keeps_time` (a verifier that limits the time of every completion) has no limit.
 
         Raises:
             PostgradError: it raised, did not return in time, or needs a column that is not there.
         """
-        return self.begin(available, time_limit).result()
+        return processes.agreed(lambda: self.begin(available, time_limit).result())
 
     def begin(
         self, available: Mapping[str, list[Any]], time_limit: float
@@ -179,25 +181,28 @@ class RewardSet:
             NonFinite: a reward is NaN or infinite.
         """
         available = {**columns, "prompts": prompts, "completions": completions}
+        terms = processes.agreed(lambda: self._terms(available))
+        total = [
+            math.fsum(term.weight * terms[term.name][i] for term in self.terms)
+            for i in range(len(completions))
+        ]
+        return total, terms
+
+    def _terms(self, available: Mapping[str, list[Any]]) -> dict[str, list[float]]:
         running = {}
         try:
             for term in self.terms:
                 running[term.name] = term.begin(available, self.time_limit)
             # what is in the background is waited for after the rest
             order = sorted(self.terms, key=lambda term: running[term.name].background)
-            terms = {
+            values = {
                 term.name: self._checked(term, running[term.name].result(), available)
                 for term in order
             }
         finally:
             for one in running.values():
                 one.cancel()
-        terms = {term.name: terms[term.name] for term in self.terms}
-        total = [
-            math.fsum(term.weight * terms[term.name][i] for term in self.terms)
-            for i in range(len(completions))
-        ]
-        return total, terms
+        return {term.name: values[term.name] for term in self.terms}
 
     def of_rows(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from postgrad import timing
+from postgrad import processes, timing
 from postgrad.batch import Batch
 from postgrad.config import LoopSettings
 from postgrad.errors import NonFinite, PostgradError
@@ -74,11 +74,13 @@ class Loop:
         self.step = 0
         self.rows: dict[str, int] = {}
         self.optimise = Optimisers(method.modules(), settings, method.place.device, method.rates())
-        self._profiler = Profiler(folder.path, method.place.device) if settings.profile else None
+        profiled = settings.profile and processes.first()
+        self._profiler = Profiler(folder.path, method.place.device) if profiled else None
         self._stop = EarlyStop(settings)
         self._evaluation: Metrics = {}
         self._evaluated: int | None = None  # the step of the last evaluation
-        self._stop_asked = False
+        self._stop_asked = False  # of this process, at any moment
+        self._stopping = False  # of all processes, between steps
         self._passed_over = 0  # steps in a row
         self._saved: int | None = None  # the step of the newest checkpoint
         self._kept: tuple[int, Flat] | None = None  # the state before the present step
@@ -118,13 +120,13 @@ class Loop:
         if self._profiler:
             for line in self._profiler.lines():
                 self.watcher.say(line)
-        return Finished(self.step, self._evaluation, self._stop_asked)
+        return Finished(self.step, self._evaluation, self._stopping)
 
     def _train(self) -> None:
         if self._evaluated is None:
             self._evaluate()
-        while self.step < self.settings.steps and not self._stop_asked:
-            if self.settings.notice is not None:
+        while self.step < self.settings.steps and not self._to_stop():
+            if self.settings.notice is not None and processes.first():
                 self._keep()
             self._one_step()
             if self._due(self.settings.evaluate_every) and self._stop.reached(self._evaluate()):
@@ -135,9 +137,13 @@ class Loop:
                 break
             if self._due(self.settings.save_every):
                 self.save()
-        if not self._stop_asked and self._evaluated != self.step:
+        if not self._stopping and self._evaluated != self.step:
             self._evaluate()
         self.save()
+
+    def _to_stop(self) -> bool:
+        self._stopping = processes.any_of(self._stop_asked)
+        return self._stopping
 
     def _one_step(self) -> None:
         if self._profiler:
@@ -232,7 +238,8 @@ class Loop:
 
     def _save(self, state: dict[str, Any]) -> None:
         with self._between_steps("checkpoint"), self._resumable(), self._saving:
-            self._write(self.step, flatten(state))
+            processes.agreed(lambda: self._write(self.step, flatten(state)))
+            self._saved = self.step
         for line in self.sources.changed():
             self.watcher.say(line)
 
@@ -253,7 +260,6 @@ class Loop:
         self.folder.flush()
         where = self.folder.path / "checkpoints"
         write_checkpoint(where, step, state, self.settings.keep_checkpoints)
-        self._saved = step
 
     def _keep(self) -> None:
         """Copy the state, in case that the step to come cannot be finished."""
@@ -271,6 +277,7 @@ class Loop:
             try:
                 if self._saved != step:
                     self._write(step, state)
+                    self._saved = step
             except PostgradError as error:
                 self.watcher.say(str(error))
                 return
@@ -400,9 +407,10 @@ class EarlyStop:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first NVIDIA GPU where there is one, otherwise the CPU."""
+    """`auto` is an NVIDIA GPU where there is one, each process's own, otherwise the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = torch.device("cuda", processes.local_rank())
+        return own if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

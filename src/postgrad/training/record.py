@@ -57,8 +57,8 @@ class RunFolder:
         self._trackers: list[Any] = []
         self.rows = {METRICS: 0, SAMPLES: 0}
 
-    def create(self, config: dict[str, Any], run: dict[str, Any], *, fresh: bool = False) -> None:
-        """Make the folder with its configuration; it must not hold another run.
+    def create(self, config: dict[str, Any], run: dict[str, Any], *, fresh: bool = False) -> Path:
+        """Make the folder with its configuration; it must not hold another run. Returns its path.
 
         With `fresh` it gets a number where there is such a folder already: names made of the time
         repeat when the clock is set back, or when two runs start in one second.
@@ -79,6 +79,7 @@ class RunFolder:
             raise PostgradError(
                 f"cannot write the run folder {self.path}: {error.strerror}"
             ) from error
+        return self.path
 
     def open(
         self, config: dict[str, Any], step: int = 0, rows: dict[str, int] | None = None
@@ -208,6 +209,24 @@ def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.writing")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+class NoFolder(RunFolder):
+    """What a process writes that is not the first of several: nothing."""
+
+    def create(self, config: dict[str, Any], run: dict[str, Any], *, fresh: bool = False) -> Path:
+        return self.path
+
+    def open(
+        self, config: dict[str, Any], step: int = 0, rows: dict[str, int] | None = None
+    ) -> None:
+        pass
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        pass
 
 
 def _line(row: dict[str, Any]) -> str:
