@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := bin/python -m pip --disable-pip-version-check install --quiet
-EXTRAS := lora,data,tasks,tools,control,mujoco,diffusion,representation,tensorboard,prometheus,serve,smollm2,server,docs,dev
+EXTRAS := lora,data,tasks,tools,control,mujoco,diffusion,representation,tensorboard,prometheus,serve,smollm2,server,remote,docs,dev
 
 # CPU builds of torch have an index of their own; with an NVIDIA GPU the default builds are right.
 ifeq ($(shell command -v nvidia-smi),)

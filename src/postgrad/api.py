@@ -2,16 +2,18 @@
 
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from postgrad import processes
 from postgrad.catalogue import method_class
@@ -19,15 +21,18 @@ from postgrad.config import LoopSettings, Settings, flat, read_yaml, resolve
 from postgrad.errors import PostgradError
 from postgrad.memory import keep_freed_memory
 from postgrad.methods.base import Method, Place
+from postgrad.notices import heard_by
+from postgrad.secrecy import blanked_command, require_no_secrets
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import CanBeSharded, Finished, Loop, pick_device, writable
 from postgrad.training.optimise import native_precision
-from postgrad.training.record import RUN, NoFolder, RunFolder, is_run, read_config
+from postgrad.training.record import RUN, NoFolder, RunFolder, Sources, is_run, read_config
 
 # keys that may change from one part of a run to the next: results do not depend on them
 _FREE = (
-    "output:", "profile:", "processes:", "nodes:", "rendezvous:", "shard:", "log:", "prometheus_",
+    "output:", "profile:", "notice:", "processes:", "nodes:", "rendezvous:", "shard:", "log:",
+    "prometheus_",
 )  # fmt: skip
 
 
@@ -149,16 +154,19 @@ def _start(
     resumed: bool = False,
     allow_changes: bool = False,
 ) -> Run:
+    require_no_secrets({**own.model_dump(mode="json"), **loop.model_dump(mode="json")})
     with processes.joined():
         path = processes.agreed(lambda: _place_for(slug, loop, resumed))
-        return _run(slug, loop, own, objects, path, quiet, resumed, allow_changes)
+        watch = Terminal(loop.steps, 0) if not quiet and processes.first() else Silent()
+        with heard_by(watch.say):
+            return _run(slug, loop, own, objects, path, watch, resumed, allow_changes)
 
 
 def _place_for(slug: str, loop: LoopSettings, resumed: bool) -> Path:
     """The run folder; it must not hold another run, and can be made, as can its server."""
     path = Path(loop.output or Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not resumed:
-        if is_run(path):
+        if loop.output is not None and is_run(path):
             raise PostgradError(
                 f"output: {path} already holds a run: continue it with --resume {path}, "
                 "or choose another folder"
@@ -177,37 +185,64 @@ def _run(
     own: Settings,
     objects: dict[str, Any],
     path: Path,
-    quiet: bool,
+    watch: Silent | Terminal,
     resumed: bool,
     allow_changes: bool,
 ) -> Run:
+    sources = Sources(_files(own))
     method = _built(slug, loop, own, objects)
     kind = RunFolder if processes.first() else NoFolder
     folder = kind(path, trackers=loop.log, name=slug)
     settings = {"method": slug, **own.model_dump(mode="json"), **loop.model_dump(mode="json")}
     prints = method.fingerprints()
     if resumed:
-        _require_same_data(path, prints, allow_changes)
+        _require_same_data(path, prints, sources.digests, allow_changes)
     else:
-        processes.agreed(lambda: folder.create(settings, _about(slug, prints)))
-    shown = not quiet and processes.first()
-    watch = Terminal(loop.steps, 0) if shown else nullcontext(Silent())
-    with closing(method), folder, watch as watcher:
-        trainer = Loop(method, loop, folder, watcher)
+        about = _about(slug, prints, sources.digests)
+        fresh = loop.output is None
+        folder.path = processes.agreed(lambda: folder.create(settings, about, fresh=fresh))
+    with closing(method), folder, watch:
+        trainer = Loop(method, loop, folder, watch, sources)
         if resumed:
             trainer.restore()
         finished = trainer.run(settings)
-        with ExitStack() as stack:
-            for module in method.modules().values():
-                if isinstance(module, CanBeSharded):
-                    stack.enter_context(module.whole())
-            processes.agreed(lambda: _leave_behind(method, path, loop))
-    return Run(path, method, finished)
+        if not finished.cut:
+            with ExitStack() as stack:
+                for module in method.modules().values():
+                    if isinstance(module, CanBeSharded):
+                        stack.enter_context(module.whole())
+                processes.agreed(lambda: _leave_behind(method, folder.path, loop))
+    return Run(folder.path, method, finished)
+
+
+def _save_model(method: Method, path: Path) -> None:
+    """Write the final model, whole or not at all."""
+    target, temporary = path / "model", path / ".model.writing"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        method.save(temporary)
+        if temporary.exists():  # some methods have none
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise PostgradError(
+            f"cannot write the final model {target}: {reason}; training is over and saved: "
+            f"--resume {path} writes the model"
+        ) from error
+
+
+def _files(own: Settings) -> dict[str, Path]:
+    """The local files that the settings name as data, by setting."""
+    named = {key: getattr(own, key, None) for key in ("data", "eval_data")}
+    files = {key: getattr(data, "name", None) for key, data in named.items()}
+    return {key: Path(name).expanduser() for key, name in files.items() if name}
 
 
 def _leave_behind(method: Method, path: Path, loop: LoopSettings) -> None:
     """Write the final model and, if wanted, the report."""
-    method.save(path / "model")
+    _save_model(method, path)
     if loop.report:
         from postgrad.reports.run import write_run_report
 
@@ -226,12 +261,13 @@ def build(slug: str, own: Settings, place: Place, objects: Mapping[str, Any]) ->
         raise
 
 
-def _about(slug: str, prints: dict[str, str]) -> dict[str, Any]:
+def _about(slug: str, prints: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
     return {
         "method": slug,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": blanked_command(sys.argv),
         "data": prints,
+        "files": files,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "processes": processes.count(),
@@ -239,9 +275,14 @@ def _about(slug: str, prints: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _require_same_data(path: Path, prints: dict[str, str], allow_changes: bool) -> None:
-    before = json.loads((path / RUN).read_text(encoding="utf-8"))["data"]
-    changed = [name for name in prints if before.get(name) != prints[name]]
+def _require_same_data(
+    path: Path, prints: dict[str, str], files: dict[str, str], allow_changes: bool
+) -> None:
+    before = json.loads((path / RUN).read_text(encoding="utf-8"))
+    # the rows in use tell more than the file, where a method says which they are
+    before = {**before.get("files", {}), **before["data"]}
+    now = {**files, **prints}
+    changed = [name for name in now if name in before and before[name] != now[name]]
     if changed and not allow_changes:
         raise PostgradError(
             f"{changed[0]}: its content has changed since {path} was started "
@@ -269,6 +310,6 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         # rows of data are an object; lists of names and numbers are settings
         return all(_plain(item) and not isinstance(item, Mapping) for item in value) or all(
-            isinstance(item, Mapping) and "name" in item for item in value
+            isinstance(item, Mapping) and item.keys() & {"name", "url"} for item in value
         )
     return value is None or isinstance(value, (bool, int, float, str))

@@ -25,7 +25,9 @@ class Commands(click.Group):
             if context.params.get("debug"):
                 raise
             if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-                click.echo(f"error: {visible(str(error))}", err=True)
+                from postgrad.secrecy import blanked
+
+                click.echo(f"error: {visible(blanked(str(error)))}", err=True)
             context.exit(2)
 
 

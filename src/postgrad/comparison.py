@@ -18,7 +18,7 @@ from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval
 from postgrad.reports.compare import write_compare_report
 from postgrad.tasks import Examples, load
-from postgrad.training.record import METRICS, is_run, read_rows
+from postgrad.training.record import METRICS, fresh_folder, is_run, read_rows
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ def compare(
     above 1 so many are under way at once, each in a process of one thread; settings then hold names
     alone and no objects.
     """
-    output = output or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if len(set(methods)) < len(methods):
         raise PostgradError("a method is named twice")
     contenders = [Contender(name) for name in methods]
@@ -68,6 +67,8 @@ def compare(
     for each, cost in costs.items():
         if budget < cost:
             raise PostgradError(f"budget: {each.name} needs at least {cost} samples for one step")
+    if output is None:
+        output = fresh_folder(Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
     calls: list[tuple[str, Path, dict[str, Any]]] = []
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):

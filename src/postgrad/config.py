@@ -133,6 +133,12 @@ class LoopSettings(Settings):
     threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0)
     evaluate_every: int = setting(0, "steps between evaluations; 0: before and after only", ge=0)
     save_every: int = setting(100, "steps between checkpoints; 0: only at the end", ge=0)
+    notice: float | None = setting(
+        None,
+        "seconds from SIGTERM to the machine's end: a step that takes longer than half of them is "
+        "given up and its start saved, from a copy in memory; empty: every step is finished",
+        gt=0,
+    )
     keep_checkpoints: int = setting(2, "how many checkpoints stay", gt=0)
     sample_every: int = setting(10, "steps between rows of samples.jsonl and sample tables", gt=0)
     stop_metric: str | None = setting(None, "evaluation metric watched for an early stop")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -199,5 +200,9 @@ def load_policy(folder: Path) -> tuple[Policy, dict[str, Any]]:
     about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     shape = {**about["policy"], "hidden": tuple(about["policy"]["hidden"])}
     policy = Policy(PolicyShape(**shape), torch.Generator())
-    policy.load_state_dict(load_file(folder / WEIGHTS))
+    try:
+        policy.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        line = " ".join(str(error).split())
+        raise PostgradError(f"{folder / WEIGHTS} holds no weights of a policy: {line}") from error
     return policy, about["environment"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from postgrad.errors import MissingExtra, PostgradError
@@ -256,7 +257,7 @@ def load_diffusers_flow(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         line = " ".join(str(error).split())[:300]
         raise PostgradError(f"model: cannot load the diffusers model {name!r}: {line}") from error
     return diffusers_flow(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -134,5 +135,11 @@ def load_encoder(folder: str | Path) -> ImageEncoder | BagEncoder:
         raise unknown("kind of encoder", description["kind"], _KINDS)
     encoder_class, shape_class = _KINDS[description["kind"]]
     encoder: ImageEncoder | BagEncoder = encoder_class(shape_class(**description["shape"]))
-    encoder.load_state_dict(load_file(folder / _WEIGHTS))
+    try:
+        encoder.load_state_dict(load_file(folder / _WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        line = " ".join(str(error).split())
+        raise PostgradError(
+            f"{folder / _WEIGHTS} holds no weights of an encoder: {line}"
+        ) from error
     return encoder.eval()

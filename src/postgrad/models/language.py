@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from postgrad.errors import MissingExtra, PostgradError, unknown
@@ -66,7 +67,7 @@ def _load(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise PostgradError(f"model {name!r} cannot be loaded: {reason[0]}") from problem
     return network, tokenizer

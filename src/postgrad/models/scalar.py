@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from postgrad.errors import PostgradError
@@ -162,7 +163,7 @@ def load_scalar(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise PostgradError(f"reward model {name!r} cannot be loaded: {reason[0]}") from problem
     return ScalarModel(network.to(device), tokenizer)

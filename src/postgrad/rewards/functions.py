@@ -8,6 +8,12 @@ A reward function is called as TRL's users know it, by keywords:
 other column of the data (`answer` …) is a list of the same length. A function may name just the
 ones it wants; methods add `completion_ids` (token ids of each completion). It returns one finite
 number per completion.
+
+An `async def` of the same form goes on in the background while the other functions are called. One
+that names `completion` (and perhaps `prompt`) gets one item a call, and its calls are awaited
+together:
+
+    async def score(prompt, completion, **columns) -> float
 """
 
 import difflib
@@ -25,16 +31,19 @@ from typing import Any, cast
 
 from postgrad import processes
 from postgrad.errors import NonFinite, PostgradError, unknown
-from postgrad.rewards.running import attempt, attempt_within
+from postgrad.rewards.remote import RewardServer, is_server
+from postgrad.rewards.running import Postponed, Started, attempt, attempt_within, gathered, outcome
 from postgrad.rewards.verifiers import VERIFIERS
 
 RewardFunction = Callable[..., Any]
-# A name, `module:function`, `file.py:function` or the folder of a reward model, each also with
-# `*weight`; or a mapping with `name`, perhaps `weight`, and settings of that function.
+# A name, `module:function`, `file.py:function`, the folder of a reward model or the address of a
+# reward server, each also with `*weight`; or a mapping with `name` (of a server `url`), perhaps
+# `weight`, and settings of that function.
 RewardSpec = str | dict[str, Any]
 
 _WEIGHTED = re.compile(r"(.+?)\s*\*\s*([-+\w.]+)")
 _LEARNED = "reward-model"
+_TOGETHER = 64  # calls of an async function for one item that are awaited at a time
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,19 @@ class Term:
             code = getattr(type(function).__call__, "__code__", None)
         return code.co_filename if code else None
 
+    @property
+    def is_async(self) -> bool:
+        function: Any = self.function
+        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            type(function).__call__
+        )
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether it is an async function of one item."""
+        names = self.parameters
+        return self.is_async and "completion" in names and "completions" not in names
+
     def arguments(self, available: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """The keywords this function is called with; an error if it needs one that is not there."""
         parameters = self.parameters
@@ -78,7 +100,8 @@ class Term:
         for name, parameter in parameters.items():
             variable = parameter.kind in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL)
             if not variable and parameter.default is kinds.empty and name not in available:
-                columns = ", ".join(c for c in available if c not in ("prompts", "completions"))
+                own = ("prompts", "completions", "prompt", "completion")
+                columns = ", ".join(c for c in available if c not in own)
                 raise PostgradError(
                     f"{self.title} needs the column {name!r}; the data has the columns "
                     f"{columns or 'prompt only'}"
@@ -96,14 +119,42 @@ class Term:
         Raises:
             PostgradError: it raised, did not return in time, or needs a column that is not there.
         """
-        return processes.agreed(lambda: self._call(available, time_limit))
+        return processes.agreed(lambda: self.begin(available, time_limit).result())
 
-    def _call(self, available: Mapping[str, list[Any]], time_limit: float) -> Any:
-        arguments = self.arguments(available)
-        call = functools.partial(self.function, **arguments)
-        if getattr(self.function, "keeps_time", False):
-            return attempt(call, self.title, own_file=self.file)
-        return attempt_within(time_limit, call, self.title, own_file=self.file)
+    def begin(
+        self, available: Mapping[str, list[Any]], time_limit: float
+    ) -> Postponed[Any] | Started[Any]:
+        """As `call`: an async function starts now, any other when its result is asked for."""
+        keeps_time = getattr(self.function, "keeps_time", False)
+        limit = None if keeps_time else time_limit
+        title, file = self.title, self.file
+        if self.takes_one:
+            return self._begin_each(available, limit)
+        call = functools.partial(self.function, **self.arguments(available))
+        if self.is_async:
+            return Started(limit, call, title, own_file=file)
+        if limit is None:
+            return Postponed(lambda: attempt(call, title, own_file=file))
+        return Postponed(lambda: attempt_within(limit, call, title, own_file=file))
+
+    def _begin_each(
+        self, available: Mapping[str, list[Any]], limit: float | None
+    ) -> Started[list[Any]]:
+        singular = {"prompts": "prompt", "completions": "completion"}
+        arguments = self.arguments({singular.get(k, k): v for k, v in available.items()})
+        calls = [
+            functools.partial(self.function, **dict(zip(arguments, values, strict=True)))
+            for values in zip(*arguments.values(), strict=True)
+        ]
+
+        async def every() -> list[Any]:
+            tried = await gathered(calls, _TOGETHER)
+            return [
+                outcome(one, f"{self.title}, completion {i},", self.file)
+                for i, one in enumerate(tried, 1)
+            ]
+
+        return Started(limit, every, self.title, own_file=self.file)
 
 
 class RewardSet:
@@ -122,18 +173,36 @@ class RewardSet:
     ) -> tuple[list[float], dict[str, list[float]]]:
         """The weighted sums `[N]`, and each function's own values `[N]` by its name.
 
+        Async functions and reward servers work side by side, and meanwhile the others in turn.
+
         Raises:
             PostgradError: a function raised, did not return within the time limit, or returned
                 something else than one number per completion; or a column is missing.
             NonFinite: a reward is NaN or infinite.
         """
         available = {**columns, "prompts": prompts, "completions": completions}
-        terms = {term.name: self._values(term, available, len(completions)) for term in self.terms}
+        terms = processes.agreed(lambda: self._terms(available))
         total = [
             math.fsum(term.weight * terms[term.name][i] for term in self.terms)
             for i in range(len(completions))
         ]
         return total, terms
+
+    def _terms(self, available: Mapping[str, list[Any]]) -> dict[str, list[float]]:
+        running = {}
+        try:
+            for term in self.terms:
+                running[term.name] = term.begin(available, self.time_limit)
+            # what is in the background is waited for after the rest
+            order = sorted(self.terms, key=lambda term: running[term.name].background)
+            values = {
+                term.name: self._checked(term, running[term.name].result(), available)
+                for term in order
+            }
+        finally:
+            for one in running.values():
+                one.cancel()
+        return {term.name: values[term.name] for term in self.terms}
 
     def of_rows(
         self,
@@ -156,10 +225,12 @@ class RewardSet:
         _, terms = self(prompts, completions, {**columns, "completion_ids": [[0], [0]]})
         return {name: values[0] for name, values in terms.items()}
 
-    def _values(self, term: Term, available: Mapping[str, list[Any]], count: int) -> list[float]:
+    def _checked(
+        self, term: Term, returned: Any, available: Mapping[str, list[Any]]
+    ) -> list[float]:
         what = term.title
-        returned = expect_list(term.call(available, self.time_limit), count, what, "numbers")
-        values = [_number(value, i, what) for i, value in enumerate(returned)]
+        listed = expect_list(returned, len(available["completions"]), what, "numbers")
+        values = [_number(value, i, what) for i, value in enumerate(listed)]
         odd = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         if odd is not None:
             raise NonFinite(
@@ -193,11 +264,13 @@ def load_rewards(
 
     Args:
         specs: one or several of: a verifier of the library (`numeric`), `module:function`,
-            `path/to/file.py:function`, the folder of a reward model, each also as `name*0.5`; a
-            mapping `{"name": …, "weight": …, **settings}`, whose settings go to the verifier's
-            maker or with every call to the function (`reward-model` has the setting `model`, a
-            folder or a Hub id); or, in Python, a function.
-        time_limit: seconds that one call of one function may take.
+            `path/to/file.py:function`, the folder of a reward model, the address of a reward server
+            (`http://host:port/path`), each also as `name*0.5`; a mapping
+            `{"name": …, "weight": …, **settings}`, whose settings go to the verifier's maker or
+            with every call to the function (`reward-model` has the setting `model`, a folder or a
+            Hub id; a reward server those of `postgrad.rewards.remote.ServerSettings`); or, in
+            Python, a function.
+        time_limit: seconds that one call of one function may take; a server has a limit of its own.
 
     Raises:
         PostgradError: unknown name, file, module, function or setting; code that fails on import;
@@ -228,6 +301,8 @@ def load_function(spec: RewardSpec | RewardFunction, kind: str) -> Term:
 def _term(spec: RewardSpec | RewardFunction, kind: str = "reward") -> Term:
     if callable(spec):
         return Term(getattr(spec, "__name__", type(spec).__name__), spec, kind=kind)
+    if kind == "reward" and is_server(spec):
+        return _server_term(spec)
     if isinstance(spec, str):
         weighted = _WEIGHTED.fullmatch(spec)
         name, weight = (weighted[1], weighted[2]) if weighted else (spec, 1.0)
@@ -241,6 +316,18 @@ def _term(spec: RewardSpec | RewardFunction, kind: str = "reward") -> Term:
     if name == _LEARNED:
         name = str(settings["model"])  # there may be several
     return Term(name, function, _weight(f"{kind} {name!r}", weight), kind)
+
+
+def _server_term(spec: RewardSpec) -> Term:
+    if isinstance(spec, str):
+        weighted = _WEIGHTED.fullmatch(spec)
+        spec = {"url": weighted[1], "weight": weighted[2]} if weighted else {"url": spec}
+    settings = dict(spec)
+    name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
+    if "url" not in settings:
+        settings["url"], name = name, None
+    server = RewardServer(name, settings)
+    return Term(server.name, server, _weight(f"reward {server.name!r}", weight))
 
 
 def _weight(what: str, given: Any) -> float:
@@ -388,7 +475,10 @@ def _number(value: Any, position: int, what: str) -> float:
             f"{what} returned {described(value)} for completion {position + 1}, expected a "
             "finite number"
         )
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        return math.inf if value > 0 else -math.inf
 
 
 def described(value: Any) -> str:

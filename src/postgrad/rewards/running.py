@@ -1,8 +1,11 @@
 """Calling code of the user's: its errors, its hangs and its traceback in one line."""
 
+import asyncio
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -11,6 +14,7 @@ from postgrad.errors import PostgradError
 
 Result = TypeVar("Result")
 _LONGEST_MESSAGE = 300
+_SLACK = 1.0  # seconds in which an event loop that is not blocked ends what ran out of time
 
 
 class Attempt(Generic[Result]):
@@ -44,7 +48,7 @@ def attempt(call: Callable[[], Result], what: str, *, own_file: str | None = Non
     """
     tried: Attempt[Result] = Attempt()
     tried.run(call)
-    return _outcome(tried, what, own_file)
+    return outcome(tried, what, own_file)
 
 
 def attempt_within(
@@ -60,11 +64,114 @@ def attempt_within(
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise PostgradError(f"{what} did not return within its limit of {seconds:g} seconds")
-    return _outcome(tried, what, own_file)
+        raise _too_slow(what, seconds)
+    return outcome(tried, what, own_file)
 
 
-def _outcome(tried: Attempt[Result], what: str, own_file: str | None) -> Result:
+class Postponed(Generic[Result]):
+    """A call that is made when its result is asked for."""
+
+    background = False
+
+    def __init__(self, call: Callable[[], Result]):
+        self.result = call
+
+    def cancel(self) -> None:
+        """There is nothing to let go of."""
+
+
+class Started(Generic[Result]):
+    """An async call that goes on in the background while others are made.
+
+    All run in one event loop in a thread of its own, so that a client which a user's functions
+    share finds the same loop at every call. `seconds` is the limit of the call, None for one that
+    limits itself.
+    """
+
+    background = True
+    _loop: asyncio.AbstractEventLoop | None = None
+    _starting = threading.Lock()
+
+    def __init__(
+        self,
+        seconds: float | None,
+        call: Callable[[], Awaitable[Result]],
+        what: str,
+        *,
+        own_file: str | None = None,
+    ):
+        self._seconds, self._what, self._own_file = seconds, what, own_file
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._tried: Attempt[Result] = Attempt()
+        self._late = False
+        self._future: Future[None] = asyncio.run_coroutine_threadsafe(
+            self._run(call), self._background()
+        )
+
+    async def _run(self, call: Callable[[], Awaitable[Result]]) -> None:
+        with self._tried:
+            scope = asyncio.timeout(self._seconds)
+            try:
+                async with scope:
+                    self._tried.value = await call()
+            finally:
+                self._late = scope.expired()
+
+    def result(self) -> Result:
+        """What came of it, waiting for it; errors as those of `attempt_within`."""
+        wait = None
+        if self._deadline is not None:
+            wait = max(0.0, self._deadline - time.monotonic()) + _SLACK
+        try:
+            self._future.result(wait)
+        except TimeoutError:  # the function blocks the event loop: the next call gets another one
+            Started._loop = None
+            self._late = True
+        except BaseException:  # Ctrl-C
+            self.cancel()
+            raise
+        if self._late and self._seconds is not None:
+            raise _too_slow(self._what, self._seconds)
+        return outcome(self._tried, self._what, self._own_file)
+
+    def cancel(self) -> None:
+        """Let go of it, if it has not ended."""
+        self._future.cancel()
+
+    @classmethod
+    def _background(cls) -> asyncio.AbstractEventLoop:
+        with cls._starting:
+            if cls._loop is None:
+                cls._loop = asyncio.new_event_loop()
+                threading.Thread(target=cls._loop.run_forever, daemon=True).start()
+            return cls._loop
+
+
+async def gathered(
+    calls: Sequence[Callable[[], Awaitable[Result]]], concurrency: int
+) -> list[Attempt[Result]]:
+    """What came of every call, in their order; at most `concurrency` are awaited at a time."""
+    room = asyncio.Semaphore(concurrency)
+
+    async def one(call: Callable[[], Awaitable[Result]]) -> Attempt[Result]:
+        tried: Attempt[Result] = Attempt()
+        async with room:
+            with tried:
+                tried.value = await call()
+        if isinstance(tried.error, asyncio.CancelledError):
+            raise tried.error  # a time limit that ends them all
+        return tried
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    return await asyncio.gather(*tasks)
+
+
+def _too_slow(what: str, seconds: float) -> PostgradError:
+    return PostgradError(f"{what} did not return within its limit of {seconds:g} seconds")
+
+
+def outcome(tried: Attempt[Result], what: str, own_file: str | None) -> Result:
+    """The value of a call that was tried; its exception as one line that begins with `what`."""
     error = tried.error
     if error is None:
         return tried.value

@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from postgrad.errors import PostgradError
 from postgrad.training.tree import flatten, unflatten
 
-MANIFEST = "manifest.json"
+MANIFEST, STRUCTURE, TENSORS = "manifest.json", "state.json", "state.safetensors"
+_ASIDE = ".replaced-"
+Flat = tuple[Any, dict[str, Tensor]]
 
 
 def random_states() -> dict[str, Any]:
@@ -91,26 +93,36 @@ def like(target: Tensor, value: Tensor) -> Tensor:
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `state` as `folder/step-NNNNNNNN`, whole or not at all; older ones beyond `keep` go."""
+    return write_checkpoint(folder, step, flatten(state), keep)
+
+
+def write_checkpoint(folder: Path, step: int, state: Flat, keep: int) -> Path:
+    """As `save_checkpoint`, of a state that `flatten` has copied."""
     target = folder / f"step-{step:08d}"
     temporary = folder / f".writing-{step:08d}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".writing-*"):
             shutil.rmtree(leftover)
+        _put_back(folder)
         temporary.mkdir()
-        structure, tensors = flatten(state)
-        (temporary / "state.json").write_text(json.dumps(structure), encoding="utf-8")
-        save_file(tensors, temporary / "state.safetensors")
-        digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        structure, tensors = state
+        (temporary / STRUCTURE).write_text(json.dumps(structure), encoding="utf-8")
+        save_file(tensors, temporary / TENSORS)
+        digests = {name: digest(temporary / name) for name in (STRUCTURE, TENSORS)}
         manifest = {"step": step, "sha256": digests}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in temporary.iterdir():
-            _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+        aside = folder / f"{_ASIDE}{target.name}"
+        if target.exists():  # one of this step is there until the new one is
+            target.rename(aside)
         temporary.rename(target)
-        _flush(folder)
+        flush(folder)
+        if aside.exists():
+            shutil.rmtree(aside)
         for old in checkpoints(folder)[:-keep]:
+            (old / MANIFEST).unlink()  # so that half of it is not taken for a checkpoint
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -122,6 +134,16 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     return target
 
 
+def _put_back(folder: Path) -> None:
+    """Undo what a kill left of replacing a checkpoint: the old one counts until a new one does."""
+    for aside in folder.glob(f"{_ASIDE}*"):
+        target = folder / aside.name.removeprefix(_ASIDE)
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(target)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
@@ -129,35 +151,48 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def load_latest(folder: Path, say: Any) -> tuple[int, dict[str, Any]] | None:
     """The newest checkpoint whose checksums hold; `say` hears of damaged ones passed over."""
+    _put_back(folder)
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if damage is None:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            structure = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return manifest["step"], unflatten(structure, load_file(path / "state.safetensors"))
+            try:
+                structure = json.loads((path / STRUCTURE).read_text(encoding="utf-8"))
+                state = unflatten(structure, load_file(path / TENSORS))
+            except (ValueError, SafetensorError):
+                damage = "its content is no checkpoint"
+            else:
+                return int(path.name.removeprefix("step-")), state
         say(f"checkpoint {path} is damaged ({damage}); trying the one before")
     return None
 
 
 def _damage(path: Path) -> str | None:
     try:
-        expected = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    except (ValueError, KeyError, OSError):
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        expected = dict(manifest["sha256"])
+        whole = path.name == f"step-{manifest['step']:08d}" and expected.keys() == {
+            STRUCTURE, TENSORS
+        }  # fmt: skip
+    except (ValueError, KeyError, TypeError, OSError):
+        whole = False
+    if not whole:
         return "its manifest cannot be read"
-    for name, digest in expected.items():
+    for name, known in expected.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _digest(path / name) != digest:
+        if digest(path / name) != known:
             return f"{name} does not match its checksum"
     return None
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See that a file or folder is on the disk, and not only in memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from postgrad.secrecy import blanked
 from postgrad.visible import shortened, visible
 
 
@@ -21,6 +22,17 @@ class Watcher(Protocol):
 
 class Silent:
     """Nobody watches."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
 
     def say(self, line: str) -> None:
         pass
@@ -61,7 +73,7 @@ class Terminal:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(Text(visible(line)))
+        self._console.print(Text(visible(blanked(line))), soft_wrap=True)
 
     def step(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
         total = seconds.get("step", 0.0)
@@ -89,5 +101,5 @@ class Terminal:
                 table.add_row(name, f"{value:.4g}")
             elif isinstance(value, str) and not value.startswith("data:"):
                 # a sample is a model's words: shown as text, never as markup
-                table.add_row(name, Text(visible(shortened(value, 400))))
+                table.add_row(name, Text(visible(shortened(blanked(value), 400))))
         self._console.print(table)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,31 +20,40 @@ from postgrad.batch import Batch
 from postgrad.config import LoopSettings
 from postgrad.errors import NonFinite, PostgradError
 from postgrad.methods.base import Method, Metrics, NothingToLearn
+from postgrad.secrecy import blanked
 from postgrad.timing import timed
 from postgrad.training.checkpoint import (
+    Flat,
+    checkpoints,
     in_one_piece,
     load_latest,
     load_module_state,
     module_state,
     random_states,
     restore_random_states,
-    save_checkpoint,
+    write_checkpoint,
 )
 from postgrad.training.console import Watcher
 from postgrad.training.optimise import Optimisers, autocast, evaluated
 from postgrad.training.profile import Profiler
-from postgrad.training.record import RunFolder
+from postgrad.training.record import RunFolder, Sources
+from postgrad.training.tree import flatten, unflatten
 
 _MOST_PASSED_OVER = 20  # steps in a row
+_LARGEST_MEMORY = 16 * 2**20  # bytes of a method's own state that are copied before every step
 
 
 @dataclass
 class Finished:
-    """How a run ended: after which step, with which last evaluation, and whether it was stopped."""
+    """How a run ended: after which step, with which last evaluation, and whether it was stopped.
+
+    With `cut` it was in the middle of a step: weights are no longer those of `step`.
+    """
 
     step: int
     evaluation: Metrics
     interrupted: bool
+    cut: bool = False
 
 
 @runtime_checkable
@@ -57,11 +67,19 @@ class CanBeSharded(Protocol):
 class Loop:
     """Trains a method: `Loop(method, settings, folder, watcher).run()`."""
 
-    def __init__(self, method: Method, settings: LoopSettings, folder: RunFolder, watcher: Watcher):
+    def __init__(
+        self,
+        method: Method,
+        settings: LoopSettings,
+        folder: RunFolder,
+        watcher: Watcher,
+        sources: Sources | None = None,
+    ):
         self.method = method
         self.settings = settings
         self.folder = folder
         self.watcher = watcher
+        self.sources = sources or Sources({})
         self.step = 0
         self.rows: dict[str, int] = {}
         if settings.shard and processes.count() > 1:
@@ -75,6 +93,11 @@ class Loop:
         self._stop_asked = False  # of this process, at any moment
         self._stopping = False  # of all processes, between steps
         self._passed_over = 0  # steps in a row
+        self._saved: int | None = None  # the step of the newest checkpoint
+        self._kept: tuple[int, Flat] | None = None  # the state before the present step
+        self._saving = threading.Lock()
+        self._cut = False
+        self._remembers_much = False
 
     def _shard(self) -> None:
         for name, module in self.method.modules().items():
@@ -86,11 +109,14 @@ class Loop:
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint of the folder, or from the start without one."""
-        found = load_latest(self.folder.path / "checkpoints", self.watcher.say)
+        where = self.folder.path / "checkpoints"
+        found = load_latest(where, self.watcher.say)
         if found is None:
-            self.watcher.say(f"{self.folder.path} has no checkpoint yet: starting from step 0")
+            none = "no whole checkpoint" if checkpoints(where) else "no checkpoint yet"
+            self.watcher.say(f"{self.folder.path} has {none}: starting from step 0")
             return
         self.step, state = found
+        self._saved = self.step
         self.rows = state["rows"]
         for name, module in self.method.modules().items():
             load_module_state(module, state["modules"][name])
@@ -104,7 +130,13 @@ class Loop:
         """Train from the present step to the end; `config` is what trackers show of the run."""
         self.folder.open(config, self.step, self.rows)
         with self._signals(), self._profiler or nullcontext():
-            self._train()
+            try:
+                self._train()
+            except KeyboardInterrupt:
+                if not self._cut:
+                    raise
+                self.folder.stopped = True
+                return Finished(self._saved or 0, self._evaluation, interrupted=True, cut=True)
         self.folder.stopped = self._stopping
         if self._profiler:
             for line in self._profiler.lines():
@@ -115,6 +147,8 @@ class Loop:
         if self._evaluated is None:
             self._evaluate()
         while self.step < self.settings.steps and not self._to_stop():
+            if self.settings.notice is not None:
+                self._keep()
             self._one_step()
             if self._due(self.settings.evaluate_every) and self._stop.reached(self._evaluate()):
                 self.watcher.say(
@@ -164,11 +198,13 @@ class Loop:
         rates = {f"time/{name}": value for name, value in seconds.items()}
         if batch.tokens:
             rates["throughput/tokens_per_second"] = batch.tokens / seconds["step"]
-        self.folder.metrics(self.step, {**metrics, **rates})
+        with self._resumable():
+            self.folder.metrics(self.step, {**metrics, **rates})
         self.watcher.step(self.step, {**metrics, **rates}, seconds)
         if self._due(self.settings.sample_every) or self.step == 1:
             rows = self.method.samples(batch)
-            self.folder.samples(self.step, rows)
+            with self._resumable():
+                self.folder.samples(self.step, rows)
             self.watcher.samples(self.step, rows)
 
     def _pass_over(self, reason: NothingToLearn, started: float) -> None:
@@ -180,7 +216,8 @@ class Loop:
         if self._profiler:
             seconds = {**timing.take(), "step": time.perf_counter() - started}
             self._profiler.end_step(self.step, seconds, 0, 0)
-        self.folder.metrics(self.step, {"passed_over": 1.0})
+        with self._resumable():
+            self.folder.metrics(self.step, {"passed_over": 1.0})
         self.watcher.say(f"step {self.step} is passed over: {reason}")
 
     @contextmanager
@@ -208,39 +245,106 @@ class Loop:
         restore_random_states(states)
         if metrics:
             named = {f"evaluation/{name}": value for name, value in metrics.items()}
-            self.folder.metrics(self.step, named)
-            self.folder.samples(self.step, self.method.evaluation_samples())
+            with self._resumable():
+                self.folder.metrics(self.step, named)
+                self.folder.samples(self.step, self.method.evaluation_samples())
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.watcher.say(f"evaluation after step {self.step}: {shown}")
         self._evaluation, self._evaluated = metrics, self.step
         return metrics
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step, and say which data have changed meanwhile."""
+        self._save(self._state())
+
+    def _save(self, state: dict[str, Any]) -> None:
+        with self._between_steps("checkpoint"), self._resumable(), self._saving:
+            processes.agreed(lambda: self._write(self.step, flatten(state)))
+            self._saved = self.step
+        for line in self.sources.changed():
+            self.watcher.say(line)
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        state = {
+            "modules": {n: module_state(m) for n, m in self.method.modules().items()},
+            "optimisers": self.optimise.state_dict(),
+            "method": self.method.state_dict(),
+            "early_stop": self._stop.state_dict(),
+            "evaluation": self._evaluation,
+            "evaluated": self._evaluated,
+            "rows": self.folder.rows,
+            "random": random_states(),
+        }
+        return in_one_piece(state)  # type: ignore[no-any-return]
+
+    def _write(self, step: int, state: Flat) -> None:
+        self.folder.flush()
+        where = self.folder.path / "checkpoints"
+        write_checkpoint(where, step, state, self.settings.keep_checkpoints)
+
+    def _keep(self) -> None:
+        """Copy the state, in case that the step to come cannot be finished."""
         with self._between_steps("checkpoint"):
-            state = {
-                "modules": {n: module_state(m) for n, m in self.method.modules().items()},
-                "optimisers": self.optimise.state_dict(),
-                "method": self.method.state_dict(),
-                "early_stop": self._stop.state_dict(),
-                "evaluation": self._evaluation,
-                "evaluated": self._evaluated,
-                "rows": self.folder.rows,
-                "random": random_states(),
-            }
-            where, keep = self.folder.path / "checkpoints", self.settings.keep_checkpoints
-            state = in_one_piece(state)
-            processes.agreed(lambda: save_checkpoint(where, self.step, state, keep))
+            state = self._state()
+            kept = (self.step, flatten(state)) if processes.first() else None
+        with self._saving:
+            self._kept = kept
+
+    def _give_up_step(self) -> None:
+        """Save the start of the present step and stop; from another thread, as this one is busy."""
+        with self._saving:
+            if self._kept is None or (self._saved or 0) > self._kept[0]:
+                return  # the step has ended after all, and is saved
+            step, state = self._kept
+            try:
+                if self._saved != step:
+                    self._write(step, state)
+                    self._saved = step
+            except PostgradError as error:
+                self.watcher.say(str(error))
+                return
+            self._cut = True
+        self.watcher.say(f"step {step + 1} takes too long: given up, and saved as it began")
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    @contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """An error of the disk says from where the run can go on."""
+        try:
+            yield
+        except PostgradError as error:
+            raise PostgradError(
+                f"step {self.step}: {error}; once mended, --resume {self.folder.path} continues "
+                f"after step {self._saved or 0}"
+            ) from error
 
     @contextmanager
     def _keeping_what_was_learnt(self) -> Iterator[None]:
         """While no weight changes: an error that stops the run leaves a checkpoint behind."""
+        states, memory = random_states(), self._memory()
         try:
             yield
         except PostgradError as error:
-            if self.step > 0:
-                self.save()
-            raise self._failed(error) from error
+            failed = self._failed(error)
+            if self.step > 0 and memory is not None:
+                restore_random_states(states)  # some may have been drawn before the error
+                try:
+                    self._save({**self._state(), "method": unflatten(*memory)})
+                except PostgradError as another:
+                    raise PostgradError(f"{failed}; and {another}") from error
+            raise failed from error
+
+    def _memory(self) -> Flat | None:
+        """A copy of what the method remembers, which half a step changes; None if it is large.
+
+        Then an error in a step leaves the checkpoint before: the steps since are made again.
+        """
+        if self._remembers_much:
+            return None
+        memory = flatten(self.method.state_dict())
+        self._remembers_much = sum(t.nbytes for t in memory[1].values()) > _LARGEST_MEMORY
+        return memory
 
     def _failed(self, error: PostgradError) -> PostgradError:
         """The error with its step; the tensors and samples behind a non-finite value are saved."""
@@ -260,17 +364,28 @@ class Loop:
                     tensors[f"{name}.{i}"] = value.detach().cpu().contiguous().clone()
         save_file(tensors, where / "batch.safetensors")
         text = json.dumps(error.samples, ensure_ascii=False, indent=1)
-        (where / "samples.json").write_text(text, encoding="utf-8")
+        (where / "samples.json").write_text(blanked(text), encoding="utf-8")
         return PostgradError(f"{message}; saved to {where}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM finish the step and save; a second one stops at once."""
+        """Ctrl-C and SIGTERM finish the step and save; a second one stops at once.
+
+        After SIGTERM a step has no longer than `notice` leaves it.
+        """
+
+        timers: list[threading.Timer] = []
 
         def ask(number: int, frame: Any) -> None:
             if self._stop_asked:
                 raise KeyboardInterrupt
             self._stop_asked = True
+            if number == signal.SIGTERM and self.settings.notice is not None:
+                # half of the notice is left for writing
+                timer = threading.Timer(self.settings.notice / 2, self._give_up_step)
+                timer.daemon = True
+                timer.start()
+                timers.append(timer)
             self.watcher.say(f"stopping after step {self.step + 1}; press again to stop at once")
 
         try:
@@ -280,6 +395,8 @@ class Loop:
         try:
             yield
         finally:
+            for timer in timers:
+                timer.cancel()
             for number, handler in old.items():
                 signal.signal(number, handler)
 

@@ -1,9 +1,10 @@
 """The run folder: configuration, metrics, samples, events; append-only and cut back on resume."""
 
+import itertools
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,9 @@ import yaml
 
 from postgrad.config import read_yaml
 from postgrad.errors import MissingExtra, PostgradError
+from postgrad.notices import say
+from postgrad.secrecy import blanked
+from postgrad.training.checkpoint import digest, flush
 
 CONFIG, METRICS, SAMPLES, RUN = "config.yaml", "metrics.jsonl", "samples.jsonl", "run.json"
 STATUS = "status.json"
@@ -21,11 +25,18 @@ OPERATORS = "profile/operators.txt"
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file of this library; a last line cut by a kill is dropped."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    # every complete row ends in a newline, so what follows the last one is a torn write
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise PostgradError(f"{path}, row {number}: the file is damaged ({error})") from error
+    return rows
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Every complete row ends in a newline, so what follows the last one is a torn write."""
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
 def is_run(folder: Path) -> bool:
@@ -56,48 +67,64 @@ class RunFolder:
         self.rows = {METRICS: 0, SAMPLES: 0}
         self.stopped = False
 
-    def create(self, config: dict[str, Any], run: dict[str, Any]) -> None:
-        """Make the folder with its configuration; it must not hold another run."""
-        if is_run(self.path):
+    def create(self, config: dict[str, Any], run: dict[str, Any], *, fresh: bool = False) -> Path:
+        """Make the folder with its configuration; it must not hold another run. Returns its path.
+
+        With `fresh` it gets a number where there is such a folder already: names made of the time
+        repeat when the clock is set back, or when two runs start in one second.
+        """
+        if not fresh and is_run(self.path):
             raise PostgradError(
                 f"{self.path} already holds a run: continue it with --resume {self.path}, "
                 "or choose another output"
             )
         try:
+            if fresh:
+                self.path = fresh_folder(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            (self.path / CONFIG).write_text(text, encoding="utf-8")
-            (self.path / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+            _write_whole(self.path / CONFIG, text)
+            _write_whole(self.path / RUN, json.dumps(run, indent=1) + "\n")
         except OSError as error:
             raise PostgradError(
                 f"cannot write the run folder {self.path}: {error.strerror}"
             ) from error
+        return self.path
 
     def open(
         self, config: dict[str, Any], step: int = 0, rows: dict[str, int] | None = None
     ) -> None:
         """Be ready to append after `step`, keeping the `rows` that each file had then."""
         self.rows = {METRICS: 0, SAMPLES: 0} | (rows or {})
-        for name, count in self.rows.items():
-            path = self.path / name
-            temporary = path.with_suffix(".rewriting")
-            kept = read_rows(path)[:count]
-            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-            temporary.replace(path)
         make = {
             "tensorboard": _tensorboard,
             "wandb": _wandb,
             "trackio": _trackio,
             "prometheus": _prometheus,
         }
-        self._trackers = [
-            make[tracker](self.path, self._name, config, step) for tracker in self._tracker_names
-        ]
+        try:
+            for name, count in self.rows.items():
+                kept = _whole_lines(self.path / name)[:count]
+                if len(kept) < count:
+                    say(f"{self.path / name} has lost {count - len(kept)} of its {count} rows")
+                    self.rows[name] = len(kept)
+                _write_whole(self.path / name, b"".join(line + b"\n" for line in kept).decode())
+            self._trackers = [
+                make[tracker](self.path, self._name, config, step)
+                for tracker in self._tracker_names
+            ]
+        except OSError as error:
+            raise PostgradError(f"cannot write into {self.path}: {error.strerror}") from error
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._append(METRICS, [{"step": step, **values}])
-        for track in self._trackers:
-            track(step, values)
+        try:
+            for track in self._trackers:
+                track(step, values)
+        except OSError as error:
+            raise PostgradError(
+                f"cannot write metrics for {', '.join(self._tracker_names)}: {error.strerror}"
+            ) from error
 
     def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
         self._append(SAMPLES, [{"step": step, **row} for row in rows])
@@ -110,14 +137,18 @@ class RunFolder:
             raise PostgradError(f"cannot write {self.path / name}: {error.strerror}") from error
         self.rows[name] += len(rows)
 
+    def flush(self) -> None:
+        """See that the rows so far are on the disk: a checkpoint counts on them."""
+        for name, count in self.rows.items():
+            if count:
+                flush(self.path / name)
+
     def _says(self, state: str, why: str = "") -> None:
         """Write what state the run is in, whole or not at all."""
         status = {"state": state, "why": why, "host": platform.node(), "process": os.getpid()}
         path = self.path / STATUS
-        temporary = path.with_suffix(".writing")
         try:
-            temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            _write_whole(path, json.dumps(status) + "\n")
         except OSError as error:
             raise PostgradError(f"cannot write {path}: {error.strerror}") from error
 
@@ -140,14 +171,84 @@ class RunFolder:
             except PostgradError as second:  # the disk may be full: the first error counts
                 error.add_note(str(second))
         for track in self._trackers:
-            track(None, {})
+            try:
+                track(None, {})
+            except OSError as problem:
+                if error is None:
+                    raise PostgradError(
+                        f"cannot write metrics for {', '.join(self._tracker_names)}: "
+                        f"{problem.strerror}"
+                    ) from problem
+
+
+def fresh_folder(wanted: Path) -> Path:
+    """A new folder at `wanted`, or with a number where that exists: of several processes each gets
+    its own.
+    """
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError  # numbers do not end
+
+
+class Sources:
+    """The files that a run has read its data from, by setting; it tells when they change.
+
+    Data are read once, into memory, so a run goes on with what it read. But what cannot be read
+    again cannot be resumed from.
+    """
+
+    def __init__(self, files: Mapping[str, Path]):
+        self._files = {name: path for name, path in files.items() if path.is_file()}
+        self.digests = {name: digest(path) for name, path in self._files.items()}
+        self._stamps = {name: _stamp(path) for name, path in self._files.items()}
+
+    def changed(self) -> list[str]:
+        """A line for each file that has changed since it was last asked about."""
+        lines = []
+        for name, path in self._files.items():
+            stamp = _stamp(path)
+            if stamp == self._stamps[name]:
+                continue
+            self._stamps[name] = stamp
+            if stamp is None:
+                happened = "is gone"
+            elif digest(path) != self.digests[name]:
+                happened = "has changed"
+            else:
+                continue
+            lines.append(
+                f"{name}: {path} {happened} since the run has read it; the run goes on with what "
+                "it read, but can only be resumed with the file as it was, or --allow-changes"
+            )
+        return lines
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A file with this content, or as it was."""
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 class NoFolder(RunFolder):
     """What a process writes that is not the first of several: nothing."""
 
-    def create(self, config: dict[str, Any], run: dict[str, Any]) -> None:
-        pass
+    def create(self, config: dict[str, Any], run: dict[str, Any], *, fresh: bool = False) -> Path:
+        return self.path
 
     def open(
         self, config: dict[str, Any], step: int = 0, rows: dict[str, int] | None = None
@@ -165,7 +266,7 @@ class NoFolder(RunFolder):
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return blanked(json.dumps(row, ensure_ascii=False)) + "\n"
 
 
 def _tensorboard(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
