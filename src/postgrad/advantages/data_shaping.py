@@ -51,14 +51,14 @@ def exponentially_weighted(
         raise ValueError(f"the temperature must be above 0, got {temperature}")
     centred = group_mean_centred(rewards, groups)
     weights = (centred / temperature).exp()
-    if not bool(weights.isfinite().all()):
+    if not bool((weights * centred).isfinite().all()):
         raise ValueError(
             f"exp(A/T) overflows: A reaches {float(centred.max()):g}, the temperature is "
             f"{temperature:g}"
         )
     if weighted_mean:
-        _, index = torch.unique(groups, return_inverse=True)
-        totals = torch.zeros(2, int(index.max()) + 1, dtype=rewards.dtype).index_add(
+        ids, index = torch.unique(groups, return_inverse=True)
+        totals = torch.zeros(2, len(ids), dtype=rewards.dtype).index_add(
             1, index, torch.stack([weights * centred, weights])
         )
         centred = centred - (totals[0] / totals[1])[index]

@@ -194,8 +194,10 @@ def log_odds(probabilities: Tensor, margin: float = 1e-6) -> Tensor:
     that changes any.
 
     Raises:
-        ValueError: a value is no probability.
+        ValueError: a value is no probability, or the margin not between 0 and 1/2.
     """
+    if not 0 < margin < 0.5:
+        raise ValueError(f"margin must lie between 0 and 1/2, got {margin}")
     if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
         raise ValueError("probabilities must lie in [0, 1]")
     kept = probabilities.clamp(margin, 1 - margin)

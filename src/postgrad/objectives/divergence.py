@@ -45,6 +45,8 @@ def reverse_kl_surrogate(
     expect_same_shape(mask=mask, logprobs=logprobs, reference=reference)
     logprobs = torch.where(mask, logprobs, 0.0)
     log_ratio = torch.where(mask, logprobs - reference, 0.0).detach()
+    if not mask.shape[1]:
+        raise ValueError("logprobs must be of at least one sample a prompt, got none")
     if estimator == "token":
         to_go = log_ratio.flip(2).cumsum(2).flip(2)
         return (to_go * logprobs).sum(2).mean(1)
@@ -177,6 +179,8 @@ def fit_moments(
         raise ValueError(
             f"{features.shape[2]} features need as many moments, got {list(moments.shape)}"
         )
+    if not features.shape[0] or not features.shape[1]:
+        raise ValueError(f"features must be of at least one sample, got {list(features.shape)}")
     features, moments = features.double(), moments.double()
     weights = torch.zeros_like(moments)
     for _ in range(iterations):

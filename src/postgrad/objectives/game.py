@@ -95,6 +95,8 @@ def hedge_self_play(
     pi_{t+1} = pi_t exp(step M pi_t)/Z with M = 2 P - 1, starting at softmax(logits). No response is
     preferred to the average by more than regret/count, while the last may go round in cycles.
     """
+    if count < 1:
+        raise ValueError(f"count must be at least 1 policy, got {count}")
     total = torch.zeros_like(logits)
     policy = logits.softmax(-1)
     for _ in range(count):

@@ -93,6 +93,8 @@ def em_reward_mixture(
 
     A group that loses all users keeps its model.
     """
+    if not len(users):
+        raise ValueError("users must be those of at least one pair, got none")
     count = int(users.max()) + 1
     if not 1 <= groups <= count:
         raise ValueError(f"expected 1 to {count} groups of {count} users, got {groups}")

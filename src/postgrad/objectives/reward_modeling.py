@@ -55,8 +55,9 @@ def preference_strength(scores: Tensor, *, normalised: bool = False) -> tuple[Te
         raise ValueError(f"the strength of a preference needs at least 2 models, got {len(scores)}")
     difference = scores[..., 0] - scores[..., 1]
     if normalised:
-        scale = difference.square().mean(1, keepdim=True).sqrt()
-        difference = difference / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+        squares = difference.square().mean(1, keepdim=True)
+        # a model that tells no pair apart has differences of 0, whatever they are divided by
+        difference = difference / torch.where(squares > 0, squares, 1.0).sqrt()
     return difference.mean(0), difference.std(0, correction=0)
 
 
@@ -77,6 +78,10 @@ def sinkhorn_codes(scores: Tensor, *, sharpness: float = 0.05, iterations: int =
     row sums to 1. Without gradient.
     """
     expect_dimensions(2, scores=scores)
+    if not (sharpness > 0 and iterations >= 1):
+        raise ValueError(
+            f"sharpness must be positive and iterations at least 1, got {sharpness}, {iterations}"
+        )
     with torch.no_grad():
         logits = scores.float() / sharpness
         for _ in range(iterations):
