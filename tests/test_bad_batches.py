@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import strategies
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 import postgrad
@@ -23,6 +23,15 @@ MORE = int(os.environ.get("POSTGRAD_FUZZ", "1"))
 REFUSED = object()
 RUBBISH = (math.nan, math.inf, -math.inf, 1e30, 7.0)
 
+# They say which tokens keep their gradient, or how often; the loss beside them is NaN itself.
+BESIDE_A_LOSS = {
+    "objectives.estimator.one_side",
+    "objectives.estimator.two_side",
+    "objectives.estimator.ring",
+    "objectives.estimator.clip_bounds",
+    "objectives.policy_gradient.clip_fractions",
+}
+
 every = pytest.mark.parametrize("place", FUNCTIONS)
 
 
@@ -31,11 +40,12 @@ def over_cases(place, check):
     found = Counter()
 
     @settings(
-        max_examples=25 * MORE,
+        max_examples=25 * max(MORE, 1),
         derandomize=True,
         database=None,
         deadline=None,
         report_multiple_bugs=False,
+        phases=[Phase.generate] if MORE == 0 else list(Phase),
         suppress_health_check=list(HealthCheck),
     )
     @given(strategies.cases(place, FUNCTIONS[place]))
@@ -153,7 +163,19 @@ def test_what_stands_at_masked_places_changes_nothing(place):
     over_cases(place, check)
 
 
-@every
+def matters(function, arguments, name, place):
+    """Whether the result depends on one value of an argument at all."""
+    found = []
+    for other in (-1e3, -1.0, 0.0, 0.5, 1.0, 1e3):
+        changed = arguments[name].clone()
+        changed[place] = other
+        result, _ = outcome(function, {**arguments, name: changed})
+        if result is not REFUSED:
+            found.append(result)
+    return any(not same(result, found[0]) for result in found[1:])
+
+
+@pytest.mark.parametrize("place", [place for place in FUNCTIONS if place not in BESIDE_A_LOSS])
 def test_nan_at_a_place_that_counts_is_refused_or_seen_in_the_result(place):
     def check(function, case):
         for name, value in case.arguments.items():
@@ -171,7 +193,9 @@ def test_nan_at_a_place_that_counts_is_refused_or_seen_in_the_result(place):
             if result is REFUSED:
                 continue
             seen = any(not bool(found.isfinite().all()) for found in numbers(result))
-            assert seen, f"NaN in {name} {list(value.shape)} vanished: {result}"
+            assert seen or not matters(function, case.arguments, name, first), (
+                f"NaN in {name} {list(value.shape)} vanished: {result}"
+            )
         return "taken"
 
     over_cases(place, check)

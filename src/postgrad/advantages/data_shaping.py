@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
 from postgrad.advantages.group import group_mean_centred
 
 
@@ -15,6 +16,7 @@ def balanced(rewards: Tensor, groups: Tensor, random: torch.Generator) -> Tensor
     Positives are at or above their group's mean, negatives below; of the negatives as many as there
     are positives are kept, drawn by `random` (RED-Drop).
     """
+    expect_numbers(rewards=rewards)
     negative = group_mean_centred(rewards, groups) < 0
     keep = torch.ones_like(negative)
     for group in groups.unique():

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
 from postgrad.advantages.group import group_mean_centred
 
 Credit = Literal["uniform", "std", "sum-mean", "score"]
@@ -121,6 +122,7 @@ def shared_out(
     if credit == "uniform":
         return own
     if credit == "score":
+        expect_numbers(rewards=rewards)
         return torch.where(rewards > 0, 0.5 * own, 1.5 * own)
     centred = group_mean_centred(rewards, groups)
     if credit == "std":
@@ -167,6 +169,7 @@ class QuantileTracker:
         """Take in samples `[n]`; none change nothing."""
         if not len(samples):
             return
+        expect_numbers(samples=samples)
         samples = samples.double()
         if not self.started:
             self._values = samples.quantile(self._levels)
@@ -183,6 +186,6 @@ class QuantileTracker:
 
 def _ordered(scores: Tensor, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
     first, last = (torch.as_tensor(value).to(scores) for value in (low, high))
-    if bool((first > last).any()):
+    if not bool((first <= last).all()):
         raise ValueError(f"the lower quantile must not be above the upper, got {low} and {high}")
     return first, last

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
+
 
 def state_means(values: Tensor, counts: Tensor, state: Tensor) -> Tensor:
     """The mean `[S]` over all that was tried in each state, of values of distinct steps `[n]`.
@@ -44,6 +46,7 @@ def clear_states(advantages: Tensor, state: Tensor, least_gap: float) -> Tensor:
     _expect_rows(advantages, state)
     if not least_gap >= 0:
         raise ValueError(f"least_gap must be at least 0, got {least_gap}")
+    expect_numbers(advantages=advantages)
     number = _states(state)
     spread = torch.zeros(2, number, dtype=advantages.dtype)
     spread[0].scatter_reduce_(0, state, advantages, "amax", include_self=False)
@@ -60,6 +63,7 @@ def balanced(rewards: Tensor, count: int, generator: torch.Generator) -> list[in
     """
     if rewards.ndim != 1 or not 1 <= count <= len(rewards):
         raise ValueError(f"cannot take {count} of rewards of shape {list(rewards.shape)}")
+    expect_numbers(rewards=rewards)
     right = rewards > 0.5
     sides = []
     for side in (right, ~right):

@@ -100,7 +100,7 @@ DivergenceName = Literal["forward-kl", "reverse-kl", "tv", "js", "chi2", "revers
 def f_divergence(divergence: FDivergence, policy: Tensor, target: Tensor) -> Tensor:
     """D_f(policy || target) of two distributions `[..., K]`, exactly; infinite where it is."""
     expect_same_shape(policy=policy, target=target)
-    inside = target > 0
+    inside = target != 0
     ratio = torch.where(inside, policy, 1.0) / torch.where(inside, target, 1.0)
     value = torch.where(inside, target * divergence.generator(ratio), 0.0).sum(-1)
     outside = torch.where(inside, 0.0, policy).sum(-1)
@@ -155,7 +155,7 @@ def divergence_by_samples(
     expect_same_shape(log_policy=log_policy, log_proposal=log_proposal, log_target=log_target)
     policy, proposal = log_policy.detach().double(), log_proposal.detach().double()
     log_p = log_target.double() - log_partition
-    inside = log_p > -math.inf
+    inside = log_p != -math.inf
     safe = torch.where(inside, log_p, policy)
     within = (safe - proposal).exp() * divergence.generator((policy - safe).exp())
     return torch.where(inside, within, divergence.limit * (policy - proposal).exp())

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postgrad.objectives.shapes import expect_dimensions, expect_same_shape, expect_tokens
+from postgrad.objectives.shapes import expect_dimensions, expect_numbers, expect_same_shape, expect_tokens
 
 KLCredit = Literal["sequence", "token"]
 
@@ -40,6 +40,7 @@ def best_response(preferences: Tensor, opponent: Tensor, mu: Tensor, tau: float)
     """argmax_p J(p, opponent) = mu exp(P opponent / tau) / Z, `[..., K]`; at tau 0 the best row."""
     wins = wins_against(preferences, opponent)
     if tau == 0:
+        expect_numbers(wins=wins)
         return torch.nn.functional.one_hot(wins.argmax(-1), wins.shape[-1]).to(wins)
     return (mu.log() + wins / tau).softmax(-1)
 
@@ -77,6 +78,9 @@ def nash_policy(preferences: Tensor, mu: Tensor, tau: float, tolerance: float = 
     """
     if not tau > 0:
         raise ValueError(f"the equilibrium is unique for tau > 0 only, got {tau}")
+    expect_game(preferences)
+    if not bool((mu > 0).all()):
+        raise ValueError("mu must be positive everywhere")
     log_mu = mu.log()
     log_policy = log_mu
     for count in range(1_000_000):
@@ -108,7 +112,7 @@ def hedge_self_play(
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats; terms of p = 0 are 0."""
-    return torch.where(p > 0, p * (p.log() - q.log()), 0.0).sum(-1)
+    return torch.where(p == 0, 0.0, p * (p.log() - q.log())).sum(-1)
 
 
 # Steps ----------------------------------------------------------------------------------------

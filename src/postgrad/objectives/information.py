@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postgrad.objectives.shapes import expect_same_shape
+from postgrad.objectives.shapes import expect_numbers, expect_same_shape
 
 Proposal = Literal["policy", "reference"]
 
@@ -144,6 +144,7 @@ def margins_in_order(logp_rejected: Tensor, logp_ref: Tensor, logp_target: Tenso
     expect_same_shape(logp_rejected=logp_rejected, logp_ref=logp_ref, logp_target=logp_target)
     if logp_ref.ndim < 1 or logp_ref.shape[-1] != 2:
         raise ValueError(f"pairs must be [..., 2], got {list(logp_ref.shape)}")
+    expect_numbers(logp_rejected=logp_rejected, logp_ref=logp_ref, logp_target=logp_target)
     low, middle, high = (
         logp[..., 0] - logp[..., 1] for logp in (logp_rejected, logp_ref, logp_target)
     )

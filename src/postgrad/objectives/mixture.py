@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from postgrad.objectives.shapes import expect_dimensions
+from postgrad.objectives.shapes import expect_dimensions, expect_numbers
 
 Model = TypeVar("Model")
 _NEWTON, _SMALLEST = 10, 1e-9  # steps: near the end each doubles the number of right digits
@@ -48,6 +48,7 @@ def assign_users(likelihoods: Tensor) -> Tensor:
     """
     if likelihoods.ndim != 2 or not len(likelihoods):
         raise ValueError(f"likelihoods must be [U, H], got {list(likelihoods.shape)}")
+    expect_numbers(likelihoods=likelihoods)
     return likelihoods.argmax(0)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
-from postgrad.objectives.shapes import expect_dimensions, expect_same_shape
+from postgrad.objectives.shapes import expect_dimensions, expect_numbers, expect_same_shape
 
 
 def bradley_terry(
@@ -64,6 +64,7 @@ def preference_strength(scores: Tensor, *, normalised: bool = False) -> tuple[Te
 def weakest(strength: Tensor, share: float) -> Tensor:
     """`[M]` bool: the share of pairs with the least mu `[M]`, rounded down; earlier ones first."""
     expect_dimensions(1, strength=strength)
+    expect_numbers(strength=strength)
     if not 0 <= share <= 0.5:
         raise ValueError(f"share must lie in [0, 0.5], got {share}")
     chosen = torch.zeros_like(strength, dtype=torch.bool)
