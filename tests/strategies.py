@@ -247,6 +247,7 @@ _MODULES: dict[str, dict[str, str]] = {
     "objectives.trajectory": {"*": "real BK"},
     "objectives.unpaired": {"*": "real N"},
     "advantages.beta_normalised": {"*": "rate N"},
+    "advantages.checks": {"*": "real NT"},
     "advantages.conflicts": {
         "*": "bool NT", "ids": "ids NT", "mask": "prefix NT", "advantages": "real N",
         "entropies": "above NT", "entropy": "above N",

@@ -23,8 +23,10 @@ MORE = int(os.environ.get("POSTGRAD_FUZZ", "1"))
 REFUSED = object()
 RUBBISH = (math.nan, math.inf, -math.inf, 1e30, 7.0)
 
-# They say which tokens keep their gradient, or how often; the loss beside them is NaN itself.
+# Where NaN has a meaning of its own, or these say which tokens keep their gradient, or
+# how often; the loss beside them is NaN itself.
 BESIDE_A_LOSS = {
+    "advantages.history.history_length_reward",  # NaN is its word for no history
     "objectives.estimator.one_side",
     "objectives.estimator.two_side",
     "objectives.estimator.ring",
