@@ -140,7 +140,9 @@ def refused_in_one_line(arguments, folder, why):
 def check(slug, config, folder, train):
     """One configuration file, as text or bytes: says whether it is taken or refused."""
     path = folder / "config.yaml"
-    path.write_bytes(config if isinstance(config, bytes) else config.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        config if isinstance(config, bytes) else config.encode("utf-8", "surrogatepass")
+    )
     arguments = ["train", slug, "--config", str(path)]
     with limited():
         try:
@@ -331,7 +333,9 @@ def faulty_file(folder, random):
         ])  # fmt: skip
     name = f"rows.{kind}"
     if fault == 11:
-        name = random.choice(["rows.jsonl", "rows.csv", "rows.json", "rows.parquet", "rows.jsonl.gz"])
+        name = random.choice(
+            ["rows.jsonl", "rows.csv", "rows.json", "rows.parquet", "rows.jsonl.gz"]
+        )
     path = folder / name
     if fault == 12:
         how = random.randrange(4)
@@ -340,7 +344,9 @@ def faulty_file(folder, random):
         elif how == 1:
             path.symlink_to(path)
         elif how == 2:
-            path = folder / random.choice(["missing.jsonl", "a\nb.jsonl", "x" * 300 + ".jsonl", "\0.csv"])
+            path = folder / random.choice(
+                ["missing.jsonl", "a\nb.jsonl", "x" * 300 + ".jsonl", "\0.csv"]
+            )
         else:
             os.mkfifo(path)
         return path

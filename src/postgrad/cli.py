@@ -21,7 +21,8 @@ class Commands(click.Group):
         except PostgradError as error:
             if context.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
+            line = " ".join(str(error).split())  # names of files and keys may hold line breaks
+            click.echo(f"error: {line}", err=True)
             context.exit(2)
 
 

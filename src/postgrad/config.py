@@ -124,7 +124,7 @@ class LoopSettings(Settings):
         "fp32", "bf16 computes under autocast; auto: bf16 where the hardware multiplies it natively"
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …")
-    threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0)
+    threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0, le=4096)
     evaluate_every: int = setting(0, "steps between evaluations; 0: before and after only", ge=0)
     save_every: int = setting(100, "steps between checkpoints; 0: only at the end", ge=0)
     keep_checkpoints: int = setting(2, "how many checkpoints stay", gt=0)

@@ -19,7 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postgrad.objectives.shapes import expect_dimensions, expect_numbers, expect_same_shape, expect_tokens
+from postgrad.objectives.shapes import (
+    expect_dimensions,
+    expect_numbers,
+    expect_same_shape,
+    expect_tokens,
+)
 
 KLCredit = Literal["sequence", "token"]
 
