@@ -120,3 +120,27 @@ def test_defaults_are_not_shared_between_objects():
     one.log.append("wandb")
     assert other.log == ["tensorboard"]
     assert flat(Outer())["inner.rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 1\nsteps: 2\n", "the key 'steps' stands twice"),
+        ("inner: {rank: 1, rank: 2}\n", "the key 'rank' stands twice"),
+        ("steps: !!int ''\n", "not a value of the type int"),
+        ("beta: !!float x\n", "not a value of the type float"),
+        ("beta: !!timestamp x\n", "not a value of the type timestamp"),
+        ("steps: " + "[" * 5000, "nested too deeply"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(PostgradError, match=message):
+        read_yaml(file)
+
+
+def test_a_long_value_is_cut_in_the_message():
+    with pytest.raises(PostgradError, match="size: ") as raised:
+        resolved("size=" + "x" * 10_000)
+    assert len(str(raised.value)) < 300

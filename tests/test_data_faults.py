@@ -178,3 +178,17 @@ def test_names_that_are_no_data(tmp_path):
         load(file, split="train[:x]")
     with pytest.raises(PostgradError, match="rows: no rows"):
         Examples.from_rows([])
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "x" * 5000 + ".csv"])
+def test_a_name_that_no_file_can_have(name):
+    with pytest.raises(PostgradError, match="cannot be read"):
+        load(name)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000])
+def test_json_beyond_the_limits_of_its_reader(tmp_path, line):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    with pytest.raises(PostgradError, match="row 2: not valid JSON"):
+        load(str(file))

@@ -27,7 +27,8 @@ class Commands(click.Group):
             if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
                 from postgrad.secrecy import blanked
 
-                click.echo(f"error: {visible(blanked(str(error)))}", err=True)
+                line = " ".join(str(error).split())  # names of files and keys may hold line breaks
+                click.echo(f"error: {visible(blanked(line))}", err=True)
             context.exit(2)
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 
-from postgrad.errors import PostgradError, unknown
+from postgrad.errors import PostgradError, shown, unknown
 
 S = TypeVar("S", bound="Settings")
 
@@ -124,13 +124,13 @@ class LoopSettings(Settings):
         "fp32", "bf16 computes under autocast; auto: bf16 where the hardware multiplies it natively"
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …")
-    processes: int = setting(1, "processes on each machine that share the work", gt=0)
+    processes: int = setting(1, "processes on each machine that share the work", gt=0, le=4096)
     shard: bool = setting(
         False, "split weights, gradients and optimiser state over the processes (FSDP2)"
     )
-    nodes: int = setting(1, "machines; the same command is given on each of them", gt=0)
+    nodes: int = setting(1, "machines; the same command is given on each of them", gt=0, le=4096)
     rendezvous: str | None = setting(None, "host:port of the first machine, with nodes above 1")
-    threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0)
+    threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0, le=4096)
     evaluate_every: int = setting(0, "steps between evaluations; 0: before and after only", ge=0)
     save_every: int = setting(100, "steps between checkpoints; 0: only at the end", ge=0)
     notice: float | None = setting(
@@ -157,7 +157,30 @@ class LoopSettings(Settings):
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML as people expect it: `1e-6` is a number; yes, no, on and off are words, not booleans."""
+    """YAML as people expect it: `1e-6` is a number; yes, no, on and off are words, not booleans.
+
+    A key that stands twice is an error, as is a value that does not fit the tag it is given.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # of PyYAML's own conversions
+            problem = f"not a value of the type {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(
+                problem=problem, problem_mark=node.start_mark
+            ) from error
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.yaml_implicit_resolvers = {
@@ -174,7 +197,10 @@ _Yaml.add_implicit_resolver(
 
 def parse_yaml(text: str) -> Any:
     """YAML text as plain data."""
-    return yaml.load(text, Loader=_Yaml)  # a SafeLoader: plain data only
+    try:
+        return yaml.load(text, Loader=_Yaml)  # a SafeLoader: plain data only
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -199,7 +225,7 @@ def parse_value(text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise PostgradError(f"cannot read the value {text!r}: not valid YAML") from error
+        raise PostgradError(f"cannot read the value {shown(text)}: not valid YAML") from error
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
@@ -261,7 +287,7 @@ def unknown_key(key: str, known: Iterable[str]) -> PostgradError:
         by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.5)
     ]
     hint = f"did you mean {close[0]!r}?" if close else "see `postgrad show METHOD` for its keys"
-    return PostgradError(f"unknown key {key!r}: {hint}")
+    return PostgradError(f"unknown key {shown(key)}: {hint}")
 
 
 def validated(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -279,7 +305,7 @@ def validated(kind: type[S], values: Mapping[str, Any]) -> S:
         if message.startswith((f"{key}:", f"{key}.")) or not key:
             raise PostgradError(message) from None
         raise PostgradError(
-            f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+            f"{key}: {message[0].lower()}{message[1:]}, got {shown(first['input'])}"
         ) from None
 
 

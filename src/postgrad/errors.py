@@ -1,6 +1,7 @@
 """Errors that a user can mend: one line each, shown without a traceback, exit code 2."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,15 @@ class MissingExtra(PostgradError):
         )
 
 
+def shown(value: Any) -> str:
+    """What was found, for a message: a long or nested value is cut to what fits a line."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+
+
 def unknown(kind: str, word: str, options: Iterable[str]) -> PostgradError:
     """The error for a name that is not among `options`, suggesting the nearest one."""
     names = sorted(options)
@@ -52,4 +62,4 @@ def unknown(kind: str, word: str, options: Iterable[str]) -> PostgradError:
         hint = "expected one of " + ", ".join(names)
     else:
         hint = "expected one of " + ", ".join(names[:12]) + ", …"
-    return PostgradError(f"unknown {kind} {word!r}: {hint}")
+    return PostgradError(f"unknown {kind} {shown(word)}: {hint}")

@@ -56,6 +56,7 @@ def fit_normaliser(rates: Tensor) -> BetaFit:
     return BetaFit(mean, variance, a, b, max(1 + a / 3, 1.0), max(1 + b / 3, 1.0))
 
 
+@torch.no_grad()
 def beta_weights(rates: Tensor, alpha: float, beta: float, limit: float = 1e6) -> Tensor:
     """1 / f(p; alpha, beta), at most `limit`, at success rates p of any shape.
 
@@ -112,5 +113,7 @@ def normalised_variance(a: float, b: float, alpha: float, beta: float) -> float:
 
 def log_beta(x: float, y: float) -> Tensor:
     """log B(x, y) of positive numbers, float64."""
+    if not (x > 0 and y > 0):
+        raise ValueError(f"x and y must be positive, got {x} and {y}")
     both = torch.tensor([x, y], dtype=torch.float64)
     return torch.lgamma(both).sum() - torch.lgamma(both.sum())

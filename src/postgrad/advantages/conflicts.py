@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
+
 ONE_BIT = math.log(2)  # a response whose mean entropy is above that of a fair coin is uncertain
 
 
@@ -36,6 +38,7 @@ def conflict_masks(
             f"advantages and groups must be [N] with N = {len(lengths)}, got "
             f"{list(advantages.shape)} and {list(groups.shape)}"
         )
+    expect_numbers(advantages=advantages)
     opening = _contested_run(ids, mask, advantages, groups)
     # position t from the front is position length - 1 - t from the back, and the same way again
     turned = (lengths[:, None] - 1 - torch.arange(ids.shape[1], device=ids.device)).clamp(min=0)
@@ -54,6 +57,7 @@ def conflict_weights(
     _expect_tokens(opening, ending)
     if advantages.shape != opening.shape[:1]:
         raise ValueError(f"advantages must be [{len(opening)}], got {list(advantages.shape)}")
+    expect_numbers(advantages=advantages)
     weight = 1 + advantages.sign()[:, None].expand(opening.shape)
     if stack_runs:
         return torch.where(opening, weight, 1.0) * torch.where(ending, weight, 1.0)
@@ -83,6 +87,7 @@ def entropy_filter(
         raise ValueError(f"entropy must be [N], got {list(entropy.shape)}")
     if not threshold > 0:
         raise ValueError(f"the threshold must be above 0, got {threshold}")
+    expect_numbers(entropy=entropy)
     if initial is not None and initial > threshold:
         return torch.ones_like(entropy, dtype=torch.bool)
     return entropy <= threshold

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
 from postgrad.advantages.group import batch_standardised
 
 BlendMode = Literal[
@@ -89,6 +90,7 @@ def local_weight(mode: BlendMode, gate: Tensor, local: Tensor, rewards: Tensor) 
             f"gate, local and rewards must be [N], got {list(gate.shape)}, {list(local.shape)} and "
             f"{list(rewards.shape)}"
         )
+    expect_numbers(local=local, rewards=rewards)
     if mode == "only-soft":
         return gate
     if mode == "soft-with-forced":

@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
 from postgrad.advantages.group import group_mean_centred
 
 
@@ -15,6 +16,7 @@ def balanced(rewards: Tensor, groups: Tensor, random: torch.Generator) -> Tensor
     Positives are at or above their group's mean, negatives below; of the negatives as many as there
     are positives are kept, drawn by `random` (RED-Drop).
     """
+    expect_numbers(rewards=rewards)
     negative = group_mean_centred(rewards, groups) < 0
     keep = torch.ones_like(negative)
     for group in groups.unique():
@@ -51,14 +53,14 @@ def exponentially_weighted(
         raise ValueError(f"the temperature must be above 0, got {temperature}")
     centred = group_mean_centred(rewards, groups)
     weights = (centred / temperature).exp()
-    if not bool(weights.isfinite().all()):
+    if not bool((weights * centred).isfinite().all()):
         raise ValueError(
             f"exp(A/T) overflows: A reaches {float(centred.max()):g}, the temperature is "
             f"{temperature:g}"
         )
     if weighted_mean:
-        _, index = torch.unique(groups, return_inverse=True)
-        totals = torch.zeros(2, int(index.max()) + 1, dtype=rewards.dtype).index_add(
+        ids, index = torch.unique(groups, return_inverse=True)
+        totals = torch.zeros(2, len(ids), dtype=rewards.dtype).index_add(
             1, index, torch.stack([weights * centred, weights])
         )
         centred = centred - (totals[0] / totals[1])[index]

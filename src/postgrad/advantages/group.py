@@ -33,9 +33,8 @@ def group_standardised(
     _expect_two(counts)
     centred = _centred(rewards, index, counts)
     squares = torch.zeros_like(counts).index_add(0, index, centred.square())
-    deviation = (squares / _divisor(counts, std)).sqrt()[index]
-    # All-equal groups are exactly 0 already; the division by 0 + eps must not make NaN of eps = 0.
-    return torch.where(centred == 0, 0.0, centred / (deviation + eps))
+    deviation = _deviation(squares / _divisor(counts, std))[index]
+    return centred / (deviation + eps)
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -78,9 +77,8 @@ def lite(rewards: Tensor, groups: Tensor, std: Deviation = "sample", eps: float 
     whole = torch.tensor([len(rewards)], dtype=rewards.dtype, device=rewards.device)
     _expect_two(whole)
     everywhere = _centred(rewards, torch.zeros_like(index), whole)
-    deviation = (everywhere.square().sum() / _divisor(whole, std)).sqrt()
-    centred = _centred(rewards, index, counts)
-    return torch.where(centred == 0, 0.0, centred / (deviation + eps))
+    deviation = _deviation(everywhere.square().sum() / _divisor(whole, std))
+    return _centred(rewards, index, counts) / (deviation + eps)
 
 
 def spread_to_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -125,6 +123,11 @@ def _divisor(counts: Tensor, std: Deviation) -> Tensor:
     if std == "population":
         return counts
     raise ValueError(f"std must be 'sample' or 'population', got {std!r}")
+
+
+def _deviation(variance: Tensor) -> Tensor:
+    """The square root; 1 where all are alike, since that of 0 has no finite slope."""
+    return torch.where(variance == 0, 1.0, variance).sqrt()
 
 
 def _expect_two(counts: Tensor) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
+
 
 def group_contrast_mask(correct: Tensor, behaves: Tensor, tolerance: float) -> Tensor:
     """M `[P]`: 1 where the behaviour helps, -1 where it hurts, else 0 (GCPO, 2506.07160, eq. 4).
@@ -18,6 +20,7 @@ def group_contrast_mask(correct: Tensor, behaves: Tensor, tolerance: float) -> T
         )
     if not tolerance >= 0:
         raise ValueError(f"the tolerance must be at least 0, got {tolerance}")
+    expect_numbers(correct=correct)
     sides = []
     for side in (behaves, ~behaves):
         sides.append(torch.where(side, correct, 0.0).sum(1) / side.sum(1).clamp(min=1))

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
+
 LengthForm = Literal["cosine", "linear"]
 HistoryMode = Literal["min", "mean"]
 
@@ -42,6 +44,7 @@ class HistoryTracker:
                 f"expected as many ids as lengths and marks, got {len(ids)}, {len(lengths)} and "
                 f"{len(correct)}"
             )
+        expect_numbers(lengths=lengths)
         _expect_positive(lengths, "lengths")
         for key, length, right in zip(ids, lengths.tolist(), correct.tolist(), strict=True):
             if not right:

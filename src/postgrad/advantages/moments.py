@@ -22,9 +22,11 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
-        """Take in `values` `[n, d]`; the variance is that of the population."""
+        """Take in `values` `[n, d]`, n may be 0; the variance is that of the population."""
         if values.ndim != 2 or values.shape[1:] != self.mean.shape:
             raise ValueError(f"expected [n, {len(self.mean)}], got {list(values.shape)}")
+        if not len(values):
+            return
         values = values.to(torch.float64)
         total = self.count + len(values)
         share = len(values) / total

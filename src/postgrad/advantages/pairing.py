@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
+
 Trajectory = dict[str, Tensor]
 SignedPreference = Callable[[list[Trajectory], list[Trajectory]], Sequence[float]]
 
@@ -25,6 +27,7 @@ def win_rates(preferences: Tensor) -> Tensor:
         raise ValueError(
             f"preferences must be [..., K, K] with K of at least 2, got {list(preferences.shape)}"
         )
+    expect_numbers(preferences=preferences)
     itself = preferences.diagonal(dim1=-2, dim2=-1)
     return (preferences.sum(-1) - itself) / (size - 1)
 
@@ -40,6 +43,7 @@ def best_and_worst(preferences: Tensor) -> list[int]:
 
 def all_pairs(preferences: Tensor) -> list[list[int]]:
     """Every pair with a preference, the preferred response first."""
+    expect_numbers(preferences=preferences)
     size = preferences.shape[-1]
     first, second = torch.triu_indices(size, size, offset=1)
     return [
@@ -54,6 +58,7 @@ def drawn_verdicts(preferences: Tensor, random: torch.Generator) -> Tensor:
 
     i wins with probability P(i preferred to j). The diagonal stays 1/2.
     """
+    expect_numbers(preferences=preferences)
     draws = torch.rand(preferences.shape, generator=random, dtype=torch.float64)
     won = (draws.to(preferences.device) < preferences).to(preferences.dtype).triu(1)
     lost = (1 - won).triu(1).mT
@@ -66,6 +71,7 @@ def neighbours(preferences: Tensor) -> list[list[int]]:
     Of independent samples with `drawn_verdicts` these are the independent labelled pairs that
     theory asks for; the last of an odd number is left out.
     """
+    expect_numbers(preferences=preferences)
     return [
         [i, i + 1] if preferences[i, i + 1] >= 0.5 else [i + 1, i]
         for i in range(0, len(preferences) - 1, 2)
@@ -82,6 +88,7 @@ def tournament(preferences: Tensor) -> list[list[int]]:
     size = preferences.shape[-1]
     if preferences.shape != (size, size) or size < 2:
         raise ValueError(f"preferences must be [K, K] of K >= 2, got {list(preferences.shape)}")
+    expect_numbers(preferences=preferences)
 
     def meet(players: list[int]) -> tuple[list[int], list[int]]:
         winners, losers = [], []
@@ -110,6 +117,7 @@ def clear_pairs(wins: Tensor, lead: float | Tensor, least: float = 0.0) -> list[
     leads = torch.as_tensor(lead, dtype=wins.dtype, device=wins.device).expand_as(wins)
     if wins.ndim != 1:
         raise ValueError(f"win rates must be [K], got {list(wins.shape)}")
+    expect_numbers(wins=wins, lead=leads)
     order = wins.argsort(descending=True, stable=True).tolist()
     slack = 1e-9  # so that 0.6 leads 0.2 by 0.4 in binary, too
     return [
@@ -132,7 +140,7 @@ def win_rate_rewards(signed: Tensor) -> Tensor:
         raise ValueError(
             f"signed preferences must be [..., K, K] with K of at least 2, got {list(signed.shape)}"
         )
-    if bool((signed + signed.mT).abs().max() > 1e-6):
+    if not bool(((signed + signed.mT).abs() <= 1e-6).all()):
         raise ValueError("signed preferences must be antisymmetric: M + M^T = 0")
     if not bool((signed.abs() <= 1).all()):
         raise ValueError("signed preferences must lie in [-1, 1]")
@@ -194,8 +202,10 @@ def log_odds(probabilities: Tensor, margin: float = 1e-6) -> Tensor:
     that changes any.
 
     Raises:
-        ValueError: a value is no probability.
+        ValueError: a value is no probability, or the margin not between 0 and 1/2.
     """
+    if not 0 < margin < 0.5:
+        raise ValueError(f"margin must lie between 0 and 1/2, got {margin}")
     if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
         raise ValueError("probabilities must lie in [0, 1]")
     kept = probabilities.clamp(margin, 1 - margin)
@@ -248,6 +258,7 @@ def knockout(preferences: Tensor) -> list[list[int]]:
 
     Neighbours meet and winners play on, the last of an odd number without a match.
     """
+    expect_numbers(preferences=preferences)
     matches: list[list[int]] = []
     players = list(range(preferences.shape[-1]))
     while len(players) > 1:
@@ -272,5 +283,6 @@ def reward_pairs(rewards: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tenso
         raise ValueError(f"rewards must be [P, N] with N of at least 2, got {list(rewards.shape)}")
     if not threshold >= 0:
         raise ValueError(f"the threshold must be at least 0, got {threshold}")
+    expect_numbers(rewards=rewards)
     prompt, better, worse = (rewards.unsqueeze(2) - rewards.unsqueeze(1) > threshold).nonzero().T
     return prompt, better, worse

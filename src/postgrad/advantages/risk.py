@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
 from postgrad.advantages.group import group_mean_centred
 
 Credit = Literal["uniform", "std", "sum-mean", "score"]
@@ -30,6 +31,8 @@ def bundles(groups: Tensor, size: int, random: torch.Generator) -> Tensor:
     """
     if groups.ndim != 1 or size < 1:
         raise ValueError(f"expected groups [N] and a size of 1 or more, got {groups.shape}, {size}")
+    if not len(groups):
+        raise ValueError("groups must be those of at least one response, got none")
     ids, counts = groups.unique(return_counts=True)
     if len(ids) % size:
         raise ValueError(f"{len(ids)} groups do not make whole bundles of {size}")
@@ -49,7 +52,7 @@ def bundle_scores(rewards: Tensor, bundle: Tensor) -> Tensor:
         raise ValueError(
             f"rewards and bundle must both be [N], got {list(rewards.shape)}, {list(bundle.shape)}"
         )
-    count = int(bundle.max()) + 1
+    count = int(bundle.max()) + 1 if len(bundle) else 0
     return torch.zeros(count, dtype=rewards.dtype).index_add(0, bundle, rewards)
 
 
@@ -119,13 +122,14 @@ def shared_out(
     if credit == "uniform":
         return own
     if credit == "score":
+        expect_numbers(rewards=rewards)
         return torch.where(rewards > 0, 0.5 * own, 1.5 * own)
     centred = group_mean_centred(rewards, groups)
     if credit == "std":
         _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
         squares = torch.zeros(len(counts), dtype=rewards.dtype).index_add(0, index, centred**2)
-        deviation = (squares / (counts - 1).clamp(min=1)).sqrt()[index]
-        return own / torch.where(deviation < _SAME, 1.0, deviation)
+        variance = (squares / (counts - 1).clamp(min=1))[index]
+        return own / torch.where(variance < _SAME**2, 1.0, variance).sqrt()
     if credit == "sum-mean":
         total = bundle_scores(centred, bundle)[bundle]
         size = bundle_scores(torch.ones_like(rewards), bundle)[bundle]
@@ -162,7 +166,10 @@ class QuantileTracker:
 
     @torch.no_grad()
     def update(self, samples: Tensor) -> None:
-        """Take in samples `[n]`."""
+        """Take in samples `[n]`; none change nothing."""
+        if not len(samples):
+            return
+        expect_numbers(samples=samples)
         samples = samples.double()
         if not self.started:
             self._values = samples.quantile(self._levels)
@@ -179,6 +186,6 @@ class QuantileTracker:
 
 def _ordered(scores: Tensor, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
     first, last = (torch.as_tensor(value).to(scores) for value in (low, high))
-    if bool((first > last).any()):
+    if not bool((first <= last).all()):
         raise ValueError(f"the lower quantile must not be above the upper, got {low} and {high}")
     return first, last

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
+
 Scheme = Literal["ppo++", "aggrevated"]
 
 
@@ -22,8 +24,9 @@ def roll_in_lengths(lengths: Tensor, uniforms: Tensor) -> Tensor:
             f"lengths and uniforms must both be [N], got {list(lengths.shape)} and "
             f"{list(uniforms.shape)}"
         )
-    if bool(((uniforms < 0) | (uniforms >= 1)).any()):
+    if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
         raise ValueError("uniforms must lie in [0, 1)")
+    expect_numbers(lengths=lengths)
     places = (lengths - 1).clamp(min=0)
     drawn = 1 + (uniforms * places).long()  # the product may round up to all places
     return torch.minimum(drawn, places)

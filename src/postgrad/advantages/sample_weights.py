@@ -29,16 +29,23 @@ def exponential_weights(rewards: Tensor, beta: float, normalised: bool = False) 
     """exp(r/beta): reward-weighted regression (Peters & Schaal 2007).
 
     `normalised` divides by the sum over the prompt's samples: beta near 0 is then best-of-n, a
-    large beta fine-tuning on all samples alike.
+    large beta fine-tuning on all samples alike. Raises ValueError where a weight overflows.
     """
     _expect_groups(rewards)
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
-    return (rewards / beta).softmax(1) if normalised else (rewards / beta).exp()
+    if normalised:
+        return (rewards / beta).softmax(1)
+    weights = (rewards / beta).exp()
+    if not bool(weights.isfinite().all()):
+        raise ValueError(f"exp(r/beta) overflows: rewards reach {float(rewards.max()):g}")
+    return weights
 
 
 def without_negatives(weights: Tensor) -> Tensor:
     """w - min w over all that is given, so that no weight is below 0 (arXiv 2404.14367)."""
+    if not weights.numel():
+        raise ValueError("weights must be of at least one sample, got none")
     return weights - weights.min()
 
 

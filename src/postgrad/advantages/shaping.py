@@ -84,8 +84,10 @@ def shaped_rewards(
     means = _sums(torch.where(eligible, feature, 0.0), index, counts) / counts
     centred = torch.where(eligible, feature - means[index], 0.0)
     squares = _sums(centred.square(), index, counts)
-    deviation = (squares / (counts - 1).clamp(min=1)).sqrt()[index]
-    bonus = torch.where(deviation > 0, delta * (centred / deviation).clamp(-limit, limit), 0.0)
+    variance = (squares / (counts - 1).clamp(min=1))[index]
+    deviation = torch.where(variance > 0, variance, 1.0).sqrt()
+    bonus = delta * (centred / deviation).clamp(-limit, limit)
+    bonus = torch.where(variance > 0, bonus, 0.0)
     return torch.where(eligible, rewards + bonus, rewards)
 
 

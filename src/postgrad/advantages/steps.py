@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from postgrad.advantages.checks import expect_numbers
+
 
 def state_means(values: Tensor, counts: Tensor, state: Tensor) -> Tensor:
     """The mean `[S]` over all that was tried in each state, of values of distinct steps `[n]`.
@@ -15,7 +17,7 @@ def state_means(values: Tensor, counts: Tensor, state: Tensor) -> Tensor:
     _expect_rows(values, counts, state)
     if bool((counts < 1).any()):
         raise ValueError("every step must have been tried at least once")
-    number = int(state.max()) + 1
+    number = _states(state)
     sums = torch.zeros(2, number, dtype=values.dtype)
     return sums[0].index_add_(0, state, counts * values) / sums[1].index_add_(
         0, state, counts.to(values)
@@ -44,7 +46,8 @@ def clear_states(advantages: Tensor, state: Tensor, least_gap: float) -> Tensor:
     _expect_rows(advantages, state)
     if not least_gap >= 0:
         raise ValueError(f"least_gap must be at least 0, got {least_gap}")
-    number = int(state.max()) + 1
+    expect_numbers(advantages=advantages)
+    number = _states(state)
     spread = torch.zeros(2, number, dtype=advantages.dtype)
     spread[0].scatter_reduce_(0, state, advantages, "amax", include_self=False)
     spread[1].scatter_reduce_(0, state, advantages, "amin", include_self=False)
@@ -60,6 +63,7 @@ def balanced(rewards: Tensor, count: int, generator: torch.Generator) -> list[in
     """
     if rewards.ndim != 1 or not 1 <= count <= len(rewards):
         raise ValueError(f"cannot take {count} of rewards of shape {list(rewards.shape)}")
+    expect_numbers(rewards=rewards)
     right = rewards > 0.5
     sides = []
     for side in (right, ~right):
@@ -67,6 +71,14 @@ def balanced(rewards: Tensor, count: int, generator: torch.Generator) -> list[in
         sides.append(places[torch.randperm(len(places), generator=generator)])
     first = min(len(sides[0]), max(count - count // 2, count - len(sides[1])))
     return sorted(torch.cat([sides[0][:first], sides[1][: count - first]]).tolist())
+
+
+def _states(state: Tensor) -> int:
+    """How many states there are."""
+    number = len(state.unique())
+    if not number or int(state.min()) != 0 or int(state.max()) != number - 1:
+        raise ValueError("state must hold the numbers of states from 0, none left out")
+    return number
 
 
 def _expect_rows(*tensors: Tensor) -> None:

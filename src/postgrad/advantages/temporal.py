@@ -47,7 +47,7 @@ def generalised_advantage(
     deltas = rewards + discount * bootstrap - values
     ends = terminations | truncations
     advantages = torch.empty_like(deltas)
-    following = torch.zeros_like(deltas[0])
+    following = deltas.new_zeros(deltas.shape[1:])
     for step in reversed(range(len(deltas))):
         following = deltas[step] + discount * lambda_ * torch.where(ends[step], 0.0, following)
         advantages[step] = following

@@ -100,7 +100,9 @@ def position_centred(values: Tensor, groups: Tensor) -> Tensor:
     Positions beyond a response count with their value, 0: so does the official code of IGPO, which
     compares tokens of different turns where lengths differ.
     """
-    _expect_groups(groups, values[:, 0])
+    if values.ndim != 2:
+        raise ValueError(f"values must be [N, T], got {list(values.shape)}")
+    _expect_groups(groups, values.sum(1))
     _, index, sizes = groups.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(sizes), values.shape[1], dtype=values.dtype, device=values.device)
     means = sums.index_add(0, index, values) / sizes[:, None]

@@ -85,6 +85,8 @@ def soft_value_target(q_values: Tensor, logprobs: Tensor, entropy_coefficient: f
     entropies: the sum of log_{2-q} over its dimensions).
     """
     expect_dimensions(2, q_values=q_values)
+    if not len(q_values):
+        raise ValueError("q_values must be those of at least one critic, got none")
     expect_same_shape(one_critic=q_values[0], logprobs=logprobs)
     return q_values.min(0).values - entropy_coefficient * logprobs
 

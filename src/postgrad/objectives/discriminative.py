@@ -53,6 +53,8 @@ def discriminative_objective(
         raise ValueError(f"rewards must be 0 or 1, got {odd_values(rewards)}")
     if tau is not None and not tau > 0:
         raise ValueError(f"tau must be above 0, got {tau}")
+    if not len(scores):
+        raise ValueError("scores must be of at least one response, got none")
     ids = groups.unique()
     total = 0.0 * scores.sum()  # in the graph even where no prompt tells right from wrong
     for group in ids:

@@ -45,6 +45,8 @@ def reverse_kl_surrogate(
     expect_same_shape(mask=mask, logprobs=logprobs, reference=reference)
     logprobs = torch.where(mask, logprobs, 0.0)
     log_ratio = torch.where(mask, logprobs - reference, 0.0).detach()
+    if not mask.shape[1]:
+        raise ValueError("logprobs must be of at least one sample a prompt, got none")
     if estimator == "token":
         to_go = log_ratio.flip(2).cumsum(2).flip(2)
         return (to_go * logprobs).sum(2).mean(1)
@@ -98,7 +100,7 @@ DivergenceName = Literal["forward-kl", "reverse-kl", "tv", "js", "chi2", "revers
 def f_divergence(divergence: FDivergence, policy: Tensor, target: Tensor) -> Tensor:
     """D_f(policy || target) of two distributions `[..., K]`, exactly; infinite where it is."""
     expect_same_shape(policy=policy, target=target)
-    inside = target > 0
+    inside = target != 0
     ratio = torch.where(inside, policy, 1.0) / torch.where(inside, target, 1.0)
     value = torch.where(inside, target * divergence.generator(ratio), 0.0).sum(-1)
     outside = torch.where(inside, 0.0, policy).sum(-1)
@@ -153,7 +155,7 @@ def divergence_by_samples(
     expect_same_shape(log_policy=log_policy, log_proposal=log_proposal, log_target=log_target)
     policy, proposal = log_policy.detach().double(), log_proposal.detach().double()
     log_p = log_target.double() - log_partition
-    inside = log_p > -math.inf
+    inside = log_p != -math.inf
     safe = torch.where(inside, log_p, policy)
     within = (safe - proposal).exp() * divergence.generator((policy - safe).exp())
     return torch.where(inside, within, divergence.limit * (policy - proposal).exp())
@@ -177,6 +179,8 @@ def fit_moments(
         raise ValueError(
             f"{features.shape[2]} features need as many moments, got {list(moments.shape)}"
         )
+    if not features.shape[0] or not features.shape[1]:
+        raise ValueError(f"features must be of at least one sample, got {list(features.shape)}")
     features, moments = features.double(), moments.double()
     weights = torch.zeros_like(moments)
     for _ in range(iterations):

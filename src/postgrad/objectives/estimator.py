@@ -16,7 +16,8 @@ After "Towards a Unified View of Large Language Model Post-Training" (arXiv 2509
     loss = -bounded * advantages                     # per token; then `policy_gradient.aggregate`
 
 Tensors are `[N, T]`: N responses of at most T tokens. `weight` carries the gradient; the masks are
-functions of `ratio` = pi / pi_old, the change since sampling, and constant.
+functions of `ratio` = pi / pi_old, the change since sampling, and constant. They keep a ratio that
+is NaN, so that the loss shows it.
 """
 
 import torch
@@ -94,13 +95,13 @@ def one_side(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tens
     expect_same_shape(ratio=ratio, advantages=advantages)
     _expect_range(low, high)
     up = (advantages >= 0) & (ratio <= 1 + high)
-    return up | ((advantages <= 0) & (ratio >= 1 - low))
+    return up | ((advantages <= 0) & (ratio >= 1 - low)) | ratio.isnan()
 
 
 def two_side(ratio: Tensor, low: float, high: float) -> Tensor:
     """1 - low <= ratio <= 1 + high, whatever the advantage (REC-TwoSide, 2509.24203)."""
     _expect_range(low, high)
-    return (ratio >= 1 - low) & (ratio <= 1 + high)
+    return ~((ratio < 1 - low) | (ratio > 1 + high))
 
 
 def ring(

@@ -19,7 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postgrad.objectives.shapes import expect_dimensions, expect_same_shape, expect_tokens
+from postgrad.objectives.shapes import (
+    expect_dimensions,
+    expect_numbers,
+    expect_same_shape,
+    expect_tokens,
+)
 
 KLCredit = Literal["sequence", "token"]
 
@@ -40,6 +45,7 @@ def best_response(preferences: Tensor, opponent: Tensor, mu: Tensor, tau: float)
     """argmax_p J(p, opponent) = mu exp(P opponent / tau) / Z, `[..., K]`; at tau 0 the best row."""
     wins = wins_against(preferences, opponent)
     if tau == 0:
+        expect_numbers(wins=wins)
         return torch.nn.functional.one_hot(wins.argmax(-1), wins.shape[-1]).to(wins)
     return (mu.log() + wins / tau).softmax(-1)
 
@@ -77,6 +83,9 @@ def nash_policy(preferences: Tensor, mu: Tensor, tau: float, tolerance: float = 
     """
     if not tau > 0:
         raise ValueError(f"the equilibrium is unique for tau > 0 only, got {tau}")
+    expect_game(preferences)
+    if not bool((mu > 0).all()):
+        raise ValueError("mu must be positive everywhere")
     log_mu = mu.log()
     log_policy = log_mu
     for count in range(1_000_000):
@@ -95,6 +104,8 @@ def hedge_self_play(
     pi_{t+1} = pi_t exp(step M pi_t)/Z with M = 2 P - 1, starting at softmax(logits). No response is
     preferred to the average by more than regret/count, while the last may go round in cycles.
     """
+    if count < 1:
+        raise ValueError(f"count must be at least 1 policy, got {count}")
     total = torch.zeros_like(logits)
     policy = logits.softmax(-1)
     for _ in range(count):
@@ -106,7 +117,7 @@ def hedge_self_play(
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats; terms of p = 0 are 0."""
-    return torch.where(p > 0, p * (p.log() - q.log()), 0.0).sum(-1)
+    return torch.where(p == 0, 0.0, p * (p.log() - q.log())).sum(-1)
 
 
 # Steps ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postgrad.objectives.shapes import expect_same_shape
+from postgrad.objectives.shapes import expect_numbers, expect_same_shape
 
 Proposal = Literal["policy", "reference"]
 
@@ -119,13 +119,17 @@ class PowerLaw:
 def power_law(logp_rejected: Tensor, logp_ref: Tensor, logp_target: Tensor) -> PowerLaw:
     """The condition under which preferences encode differential information, from `[..., V]`.
 
-    The log-probabilities may be those of some responses only.
+    The log-probabilities may be those of some responses only. Raises ValueError where pi* or pi_l
+    gives all of them the probability of pi_ref, up to a constant: then there is no exponent.
     """
     expect_same_shape(logp_rejected=logp_rejected, logp_ref=logp_ref, logp_target=logp_target)
     _expect_support(logp_rejected=logp_rejected, logp_ref=logp_ref, logp_target=logp_target)
     learnt, wanted = logp_ref - logp_rejected, logp_target - logp_ref
     learnt = learnt - learnt.mean(-1, keepdim=True)
     wanted = wanted - wanted.mean(-1, keepdim=True)
+    for name, differences in (("logp_rejected", learnt), ("logp_target", wanted)):
+        if not bool((differences.square().sum(-1) > 0).all()):
+            raise ValueError(f"{name} must differ from logp_ref by more than a constant")
     beta = (learnt * wanted).sum(-1) / wanted.square().sum(-1)
     left = (learnt - beta.unsqueeze(-1) * wanted).square().sum(-1)
     return PowerLaw(beta, left / learnt.square().sum(-1))
@@ -140,6 +144,7 @@ def margins_in_order(logp_rejected: Tensor, logp_ref: Tensor, logp_target: Tenso
     expect_same_shape(logp_rejected=logp_rejected, logp_ref=logp_ref, logp_target=logp_target)
     if logp_ref.ndim < 1 or logp_ref.shape[-1] != 2:
         raise ValueError(f"pairs must be [..., 2], got {list(logp_ref.shape)}")
+    expect_numbers(logp_rejected=logp_rejected, logp_ref=logp_ref, logp_target=logp_target)
     low, middle, high = (
         logp[..., 0] - logp[..., 1] for logp in (logp_rejected, logp_ref, logp_target)
     )
@@ -158,7 +163,7 @@ def _expect_distributions(**distributions: Tensor) -> None:
     expect_same_shape(**distributions)
     _expect_support(**distributions)
     for name, logp in distributions.items():
-        if logp.ndim < 1 or not logp.logsumexp(-1).abs().max() < 1e-4:
+        if logp.ndim < 1 or not bool((logp.logsumexp(-1).abs() < 1e-4).all()):
             raise ValueError(
                 f"{name} must be log-probabilities of all responses: their probabilities do not "
                 "add up to 1"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from postgrad.objectives.shapes import expect_same_shape
+from postgrad.objectives.shapes import expect_numbers, expect_same_shape
 
 PairReduction = Literal["sum", "mean"]
 LambdaWeights = Literal["full", "label", "position", "uniform"]
@@ -73,6 +73,7 @@ def _later(present: Tensor) -> Tensor:
 
 def ordered_pairs(labels: Tensor, present: Tensor) -> Tensor:
     """`[B, K, K]`: whether i and j are there and psi_i > psi_j. Equal labels have no order."""
+    expect_numbers(labels=torch.where(present, labels, 0.0))
     there = present.unsqueeze(-1) & present.unsqueeze(-2)
     return there & (_differences(labels) > 0)
 
@@ -139,6 +140,7 @@ def ranks(scores: Tensor, labels: Tensor, present: Tensor) -> Tensor:
     Those equal in both take their order in the list. Entries that are not there take no rank.
     """
     scores, labels = _expect_labels(scores, labels, present)
+    expect_numbers(scores=scores)
     above = _differences(scores) < 0  # j is ahead of i
     better = _differences(labels) < 0
     before = torch.ones_like(above).tril(-1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from postgrad.objectives.shapes import expect_dimensions
+from postgrad.objectives.shapes import expect_dimensions, expect_numbers
 
 Model = TypeVar("Model")
 _NEWTON, _SMALLEST = 10, 1e-9  # steps: near the end each doubles the number of right digits
@@ -48,6 +48,7 @@ def assign_users(likelihoods: Tensor) -> Tensor:
     """
     if likelihoods.ndim != 2 or not len(likelihoods):
         raise ValueError(f"likelihoods must be [U, H], got {list(likelihoods.shape)}")
+    expect_numbers(likelihoods=likelihoods)
     return likelihoods.argmax(0)
 
 
@@ -93,6 +94,8 @@ def em_reward_mixture(
 
     A group that loses all users keeps its model.
     """
+    if not len(users):
+        raise ValueError("users must be those of at least one pair, got none")
     count = int(users.max()) + 1
     if not 1 <= groups <= count:
         raise ValueError(f"expected 1 to {count} groups of {count} users, got {groups}")

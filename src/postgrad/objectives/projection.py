@@ -83,12 +83,16 @@ def project_logprobs(
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be [{hidden.shape[0]}], got {list(targets.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    _expect_positive(temperature)
     logprobs, entropies = _Projection.apply(
         hidden, weight, bias, targets, temperature, transform, entropy
     )
     return logprobs, entropies if entropy else None
+
+
+def _expect_positive(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -102,6 +106,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@torch.no_grad()
 def project_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -113,6 +118,7 @@ def project_logits(
 
     Not differentiable: it works in place. For a few rows.
     """
+    _expect_positive(temperature)
     return _logits(product(hidden, weight), bias, transform, temperature)
 
 

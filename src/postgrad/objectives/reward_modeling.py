@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
-from postgrad.objectives.shapes import expect_dimensions, expect_same_shape
+from postgrad.objectives.shapes import expect_dimensions, expect_numbers, expect_same_shape
 
 
 def bradley_terry(
@@ -55,14 +55,16 @@ def preference_strength(scores: Tensor, *, normalised: bool = False) -> tuple[Te
         raise ValueError(f"the strength of a preference needs at least 2 models, got {len(scores)}")
     difference = scores[..., 0] - scores[..., 1]
     if normalised:
-        scale = difference.square().mean(1, keepdim=True).sqrt()
-        difference = difference / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+        squares = difference.square().mean(1, keepdim=True)
+        # a model that tells no pair apart has differences of 0, whatever they are divided by
+        difference = difference / torch.where(squares > 0, squares, 1.0).sqrt()
     return difference.mean(0), difference.std(0, correction=0)
 
 
 def weakest(strength: Tensor, share: float) -> Tensor:
     """`[M]` bool: the share of pairs with the least mu `[M]`, rounded down; earlier ones first."""
     expect_dimensions(1, strength=strength)
+    expect_numbers(strength=strength)
     if not 0 <= share <= 0.5:
         raise ValueError(f"share must lie in [0, 0.5], got {share}")
     chosen = torch.zeros_like(strength, dtype=torch.bool)
@@ -77,6 +79,10 @@ def sinkhorn_codes(scores: Tensor, *, sharpness: float = 0.05, iterations: int =
     row sums to 1. Without gradient.
     """
     expect_dimensions(2, scores=scores)
+    if not (sharpness > 0 and iterations >= 1):
+        raise ValueError(
+            f"sharpness must be positive and iterations at least 1, got {sharpness}, {iterations}"
+        )
     with torch.no_grad():
         logits = scores.float() / sharpness
         for _ in range(iterations):

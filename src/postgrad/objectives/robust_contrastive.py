@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from postgrad.objectives.contrastive import cosine_similarities
-from postgrad.objectives.shapes import expect_dimensions, expect_same_shape
+from postgrad.objectives.shapes import expect_dimensions, expect_numbers, expect_same_shape
 
 
 def robust_global_objective(h: Tensor, tau: Tensor | float, rho: float) -> Tensor:
@@ -54,6 +54,7 @@ def tau_star(h: Tensor, rho: float, *, lowest: float = 1e-4, highest: float = 1e
     rho everywhere (all h equal, or rho >= log m) the result is `lowest`.
     """
     _expect_positive(rho=rho, lowest=lowest)
+    expect_numbers(h=h)
     scores = h.double()
     low = torch.full(h.shape[:-1], math.log(lowest), dtype=torch.float64, device=h.device)
     high = torch.full_like(low, math.log(highest))

@@ -20,6 +20,13 @@ def expect_dimensions(number: int, **tensors: Tensor) -> None:
             )
 
 
+def expect_numbers(**tensors: Tensor) -> None:
+    """Raise ValueError if a named tensor holds NaN: for what chooses, and cannot show it."""
+    for name, tensor in tensors.items():
+        if bool(tensor.isnan().any()):
+            raise ValueError(f"{name} must not hold NaN")
+
+
 def expect_tokens(mask: Tensor, **tensors: Tensor) -> None:
     """Raise ValueError unless `mask` is boolean `[N, T]` and the others have its shape."""
     expect_dimensions(2, mask=mask)

@@ -140,6 +140,7 @@ def values_from_logits(
         raise ValueError(f"beta must be positive, got {beta}")
     mask = torch.ones_like(actions, dtype=torch.bool) if mask is None else mask
     expect_same_shape(logits=logits[..., 0], actions=actions, mask=mask)
+    logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
     chosen = beta * logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     values = torch.where(mask, beta * logits.logsumexp(-1), 0.0)
     following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], dim=-1)

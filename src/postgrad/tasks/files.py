@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from postgrad.errors import MissingExtra, PostgradError, unknown
+from postgrad.errors import MissingExtra, PostgradError, shown, unknown
 from postgrad.tasks.formats import Row, is_messages
 
 Numbered = tuple[list[Row], list[int]]
@@ -21,7 +21,11 @@ def read_file(path: Path, name: str) -> Numbered:
 
     Numbers count lines in JSON Lines and records elsewhere, both from 1.
     """
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or no name at all
+        raise PostgradError(f"{shown(name)}: cannot be read ({error})") from error
+    if not exists:
         raise PostgradError(f"{name}: no such file{_nearest(path)}")
     if not path.is_file():
         raise PostgradError(f"{name}: is not a file")
@@ -47,7 +51,7 @@ def is_file_name(name: str) -> bool:
     """Whether `name` means a local file: it exists, or it ends or begins as only files do."""
     path = Path(name).expanduser()
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
-    return path.is_file() or kind in _READERS or name[0] in "./~"
+    return kind in _READERS or name[0] in "./~" or path.is_file()
 
 
 def _nearest(path: Path) -> str:
@@ -73,6 +77,8 @@ def _parse(text: str, where: str) -> Any:
         raise PostgradError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno})"
         ) from error
+    except (RecursionError, ValueError) as error:  # nested or numbers beyond Python's limits
+        raise PostgradError(f"{where}: not valid JSON (too deep or too long a number)") from error
 
 
 def _json_lines(data: bytes, name: str) -> Numbered:

@@ -438,6 +438,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise PostgradError(f"device: expected auto, cpu or cuda[:N], got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise PostgradError(f"device: expected auto, cpu or cuda[:N], got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PostgradError(f"device: {name!r} asked for, but torch sees no NVIDIA GPU")
     return device
@@ -446,7 +448,10 @@ def pick_device(name: str) -> torch.device:
 def writable(path: Path) -> None:
     """Stop before any compute if a folder could not be made at `path`."""
     nearest = path
-    while not nearest.exists():
-        nearest = nearest.parent
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+    except (OSError, ValueError) as error:  # a name that is too long, or no name at all
+        raise PostgradError(f"output: cannot create a folder at {path}: {error}") from error
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise PostgradError(f"output: cannot create a folder at {path}: {nearest} is not writable")

@@ -114,6 +114,8 @@ def _texts(format: str, row: dict[str, Any]) -> list[str]:
 
 
 def _scores(row: dict[str, Any], where: str) -> list[float]:
+    if "completion" in row:  # one of a pair that was labelled
+        return []
     pair = [_number(row, name, where) for name in PAIR_SCORES if row.get(name) is not None]
     pair = pair if len(pair) == len(PAIR_SCORES) else []
     if "chosen" in row:
