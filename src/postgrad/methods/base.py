@@ -148,5 +148,12 @@ class Method(ABC):
     def save(self, folder: Path) -> None:
         """Write the final model into `folder`, in the format its users expect."""
 
+    def engines(self) -> list[Any]:
+        """What draws in its networks' place (`sampling.engines.Engine`), where anything does."""
+        found = [getattr(module, "engine", None) for module in self.modules().values()]
+        return [engine for engine in found if engine is not None]
+
     def close(self) -> None:
         """Let go of what it holds besides memory: other processes, connections, files."""
+        for engine in self.engines():
+            engine.close()

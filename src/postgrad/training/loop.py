@@ -122,6 +122,8 @@ class Loop:
                 return
             self._passed_over = 0
             metrics = self.method.describe_batch(batch)
+            for engine in self.method.engines():
+                metrics |= engine.metrics()
             self._require_finite(metrics, batch)
         try:
             with timed("update"):

@@ -12,6 +12,7 @@ from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
 from postgrad.methods.data import DataSettings, find_data, find_held_out
+from postgrad.methods.language.engines import EngineSettings, attach_engine
 from postgrad.models.adapters import LoraSettings
 from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.models.text_network import TextNetwork
@@ -23,7 +24,7 @@ from postgrad.tasks import Examples
 from postgrad.timing import timed
 
 
-class RolloutSettings(Settings):
+class RolloutSettings(EngineSettings):
     """How the policy is sampled."""
 
     samples: int = setting(8, "completions a prompt (the group)", gt=0)
@@ -109,8 +110,7 @@ def find_materials(
     data, held_out, order = find_examples(
         config, place, formats, given, held_out_formats=held_out_formats
     )
-    policy = given["model"] if "model" in given else named_policy(config, place)
-    return Materials(policy, data, held_out, order)
+    return Materials(find_policy(config, place, given), data, held_out, order)
 
 
 def find_examples(
@@ -135,6 +135,15 @@ def find_examples(
         held_out.first(config.eval_size) if held_out is not None else None,
         Epochs(len(data), config.batch_size, place.seed),
     )
+
+
+def find_policy(config: LanguageSettings, place: Place, given: Given) -> LanguagePolicy:
+    """The policy that `config` names, or the one given, with the engine that draws for it."""
+    policy = given["model"] if "model" in given else named_policy(config, place)
+    rollout = getattr(config, "rollout", None)  # methods that do not sample have none
+    if rollout is not None:
+        attach_engine(policy, rollout, place)
+    return policy
 
 
 def named_policy(config: LanguageSettings, place: Place) -> LanguagePolicy:

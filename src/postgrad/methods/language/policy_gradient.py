@@ -17,7 +17,7 @@ from postgrad.methods.language.base import (
     RolloutSettings,
     draw_responses,
     find_examples,
-    named_policy,
+    find_policy,
     prompt_minibatches,
     require_minibatches,
 )
@@ -91,7 +91,7 @@ class SampledPolicyGradient(Method):
                 rows=self.data.rows,
             ),
         )
-        self.policy = given["model"] if "model" in given else named_policy(config, place)
+        self.policy = find_policy(config, place, given)
         self.materials = Materials(self.policy, self.data, self.held_out, self.order)
         if config.kl_coefficient > 0 and config.kl_reference == "initial":
             self.policy.freeze_reference()
