@@ -24,6 +24,11 @@ from postgrad.training.loop import Finished, Loop, pick_device, writable
 from postgrad.training.optimise import native_precision
 from postgrad.training.record import RUN, RunFolder, is_run, read_config
 
+# what has no say in what a run computes, and may differ when it is resumed
+_FREE_TO_CHANGE = (
+    "output:", "profile:", "rollout.workers:", "rollout.address:", "rollout.patience:",
+)  # fmt: skip
+
 
 @dataclass
 class Run:
@@ -84,7 +89,7 @@ def resume(
     old = _resolved(kind, saved)
     loop, own = _resolved(kind, saved, settings)
     changed = _differences({**flat(old[0]), **flat(old[1])}, {**flat(loop), **flat(own)})
-    changed = [line for line in changed if not line.startswith(("output:", "profile:"))]
+    changed = [line for line in changed if not line.startswith(_FREE_TO_CHANGE)]
     if changed and not allow_changes:
         raise PostgradError(
             f"the configuration differs from that of {folder}: {'; '.join(changed)} "
@@ -128,7 +133,11 @@ def _built(slug: str, loop: LoopSettings, own: Settings, objects: dict[str, Any]
         keep_freed_memory()
     seed_everything(loop.seed)
     method = build(slug, own, Place(loop.seed, device, loop.steps), objects)
-    method.check()
+    try:
+        method.check()
+    except BaseException:
+        method.close()
+        raise
     seed_everything(loop.seed)
     return method
 

@@ -26,6 +26,28 @@ class Drawn:
     finished: bool
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """N responses to be drawn.
+
+    Attributes:
+        prompts: token ids `[P]`; equal ones follow each other.
+        settings: temperature, restrictions and stop strings.
+        seeds: one for each response.
+        limits: the most tokens of each response.
+    """
+
+    prompts: list[Tensor]
+    settings: SamplingSettings
+    seeds: list[int]
+    limits: list[int]
+
+    def part(self, start: int, stop: int) -> "Wanted":
+        """Responses from `start` to before `stop`."""
+        here = slice(start, stop)
+        return Wanted(self.prompts[here], self.settings, self.seeds[here], self.limits[here])
+
+
 class Engine(Protocol):
     """Draws responses elsewhere: on other processes and machines, or by another program.
 

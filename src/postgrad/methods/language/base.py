@@ -137,12 +137,14 @@ def find_examples(
     )
 
 
-def find_policy(config: LanguageSettings, place: Place, given: Given) -> LanguagePolicy:
+def find_policy(
+    config: LanguageSettings, place: Place, given: Given, *, ahead: bool = False
+) -> LanguagePolicy:
     """The policy that `config` names, or the one given, with the engine that draws for it."""
     policy = given["model"] if "model" in given else named_policy(config, place)
     rollout = getattr(config, "rollout", None)  # methods that do not sample have none
     if rollout is not None:
-        attach_engine(policy, rollout, place)
+        attach_engine(policy, rollout, place, ahead=ahead)
     return policy
 
 
@@ -211,11 +213,7 @@ def draw_responses(
     of the reference policy in what is drawn from, `mask` what may be drawn (see `generate`).
     """
     samples = samples or rollout.samples
-    seeds = [
-        derive(seed, *stream, prompt, sample)
-        for prompt in range(len(prompts))
-        for sample in range(samples)
-    ]
+    seeds = response_seeds(seed, len(prompts), samples, *stream)
     with timed("rollout"), torch.no_grad():
         return generate(
             policy,
@@ -226,6 +224,15 @@ def draw_responses(
             mixture=mixture,
             mask=mask,
         )
+
+
+def response_seeds(seed: int, prompts: int, samples: int, *stream: str | int) -> list[int]:
+    """A seed for each of `samples` responses to each prompt."""
+    return [
+        derive(seed, *stream, prompt, sample)
+        for prompt in range(prompts)
+        for sample in range(samples)
+    ]
 
 
 def require_minibatches(minibatches: int, batch_size: int) -> None:

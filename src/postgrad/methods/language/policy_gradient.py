@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class SampledPolicyGradient(Method):
     log-probabilities are scored once, before the first.
     """
 
+    draws_ahead: ClassVar[bool] = False  # whether responses may be of older weights, drawn ahead
     config: PolicyGradientSettings
 
     def __init__(
@@ -91,7 +92,7 @@ class SampledPolicyGradient(Method):
                 rows=self.data.rows,
             ),
         )
-        self.policy = find_policy(config, place, given)
+        self.policy = find_policy(config, place, given, ahead=self.draws_ahead)
         self.materials = Materials(self.policy, self.data, self.held_out, self.order)
         if config.kl_coefficient > 0 and config.kl_reference == "initial":
             self.policy.freeze_reference()
