@@ -26,7 +26,7 @@ from postgrad.training.record import RUN, RunFolder, is_run, read_config
 
 # what has no say in what a run computes, and may differ when it is resumed
 _FREE_TO_CHANGE = (
-    "output:", "profile:", "rollout.workers:", "rollout.address:", "rollout.patience:",
+    "output:", "profile:", "rollout.workers:", "rollout.address:", "rollout.worker_patience:",
 )  # fmt: skip
 
 

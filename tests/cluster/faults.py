@@ -26,7 +26,7 @@ def obedient(folder):
     return functools.partial(_made, str(folder))
 
 
-def _made(folder, policy, **settings):
+def _made(folder):
     return Obedient(folder)
 
 

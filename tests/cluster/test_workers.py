@@ -56,7 +56,9 @@ def alike(some, others):
 def expected(policy):
     """What a policy in this process draws, a prompt at a time as the workers do."""
     whole = asked(policy)
-    return [one for start in range(0, 24, 4) for one in draw_here(policy, whole.part(start, start + 4))]
+    return [
+        one for start in range(0, 24, 4) for one in draw_here(policy, whole.part(start, start + 4))
+    ]
 
 
 def test_a_prompt_s_responses_stay_together_and_small_groups_share_a_chunk(policy):
@@ -79,7 +81,9 @@ def test_weights_that_changed_are_pushed_once_and_drawn_by(crew, policy, expecte
         for parameter in policy.parameters():
             parameter.mul_(1.5)
     after = crew.ask(policy, whole).drawn()
-    changed = [one for start in range(0, 24, 4) for one in draw_here(policy, whole.part(start, start + 4))]
+    changed = [
+        one for start in range(0, 24, 4) for one in draw_here(policy, whole.part(start, start + 4))
+    ]
     assert not alike(changed, expected)
     assert alike(after, changed)
     assert alike(before.drawn(), expected)  # by the weights at the time of asking

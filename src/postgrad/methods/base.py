@@ -153,6 +153,10 @@ class Method(ABC):
         found = [getattr(module, "engine", None) for module in self.modules().values()]
         return [engine for engine in found if engine is not None]
 
+    def engine_metrics(self) -> Metrics:
+        """What is worth watching of the engines since the last call."""
+        return {name: value for one in self.engines() for name, value in one.metrics().items()}
+
     def close(self) -> None:
         """Let go of what it holds besides memory: other processes, connections, files."""
         for module in self.modules().values():

@@ -28,7 +28,7 @@ from postgrad.sampling.drawing import SamplingSettings
 from postgrad.sampling.engines import Drawn, Engine, Wanted
 from postgrad.sampling.generation import draw_here
 
-EngineOf = Callable[[LanguagePolicy], Engine | None]
+EngineOf = Callable[[], Engine | None]
 
 _TRIES = 3  # workers that may be lost over one chunk, or in a row while they come up
 _CONNECTING = 30  # seconds
@@ -176,7 +176,7 @@ class ClusterEngine:
         self,
         policy: LanguagePolicy,
         settings: ClusterSettings,
-        engine_of: EngineOf = lambda policy: None,
+        engine_of: EngineOf = lambda: None,
         *,
         exact: bool = True,
     ):
@@ -321,7 +321,7 @@ class _Crew:
         except Empty:
             what = (
                 f"rollout.workers: none of {self._settings.workers} workers has come up for "
-                f"{self._settings.patience:g} s (rollout.patience)"
+                f"{self._settings.patience:g} s (rollout.worker_patience)"
             )
             return partial(self._give_up, PostgradError(what))
 
@@ -443,7 +443,7 @@ class Drawer:
             keep_freed_memory()
         network, tokenizer = ray.get(portable[0])
         self._policy = LanguagePolicy(network.to(device), tokenizer)
-        self._policy.engine = engine_of(self._policy)
+        self._policy.engine = engine_of()
 
     def draw(
         self, wanted: Wanted, precision: _Precision, version: int, weights: list[Any]

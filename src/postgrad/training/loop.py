@@ -122,12 +122,11 @@ class Loop:
                 return
             self._passed_over = 0
             metrics = self.method.describe_batch(batch)
-            for engine in self.method.engines():
-                metrics |= engine.metrics()
             self._require_finite(metrics, batch)
         try:
             with timed("update"):
                 metrics |= self.method.update(batch, self.optimise)
+            metrics |= self.method.engine_metrics()
             self._require_finite(metrics, batch)
         except NonFinite as error:
             error.samples = error.samples or self.method.samples(batch)

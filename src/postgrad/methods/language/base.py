@@ -105,12 +105,17 @@ def find_materials(
     given: Given,
     *,
     held_out_formats: str | tuple[str, ...] | None = None,
+    corrected: bool = False,
 ) -> Materials:
-    """The data in (one of) the formats and the policy that `config` names, or those `given`."""
+    """The data in (one of) the formats and the policy that `config` names, or those `given`.
+
+    `corrected` says that what is learnt from an engine's samples is right (see `attach_engine`).
+    """
     data, held_out, order = find_examples(
         config, place, formats, given, held_out_formats=held_out_formats
     )
-    return Materials(find_policy(config, place, given), data, held_out, order)
+    policy = find_policy(config, place, given, corrected=corrected)
+    return Materials(policy, data, held_out, order)
 
 
 def find_examples(
@@ -138,13 +143,18 @@ def find_examples(
 
 
 def find_policy(
-    config: LanguageSettings, place: Place, given: Given, *, ahead: bool = False
+    config: LanguageSettings,
+    place: Place,
+    given: Given,
+    *,
+    corrected: bool = False,
+    ahead: bool = False,
 ) -> LanguagePolicy:
     """The policy that `config` names, or the one given, with the engine that draws for it."""
     policy = given["model"] if "model" in given else named_policy(config, place)
     rollout = getattr(config, "rollout", None)  # methods that do not sample have none
     if rollout is not None:
-        attach_engine(policy, rollout, place, ahead=ahead)
+        attach_engine(policy, rollout, place, corrected=corrected, ahead=ahead)
     return policy
 
 

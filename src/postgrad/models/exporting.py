@@ -1,0 +1,48 @@
+"""A network's weights as a checkpoint of its own model would name them, for other programs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgrad.models.network import base_of
+
+_WRAPPED = ".base_layer"  # what peft puts between an adapted layer and its own weights
+_ADAPTER = ".lora_"
+
+
+def exported_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The present weights by name, without gradients; a tied matrix once.
+
+    What an adapter adds is merged in, into a copy of the matrices it adds to. All other tensors are
+    the network's own: whoever keeps them copies them.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    base: Any = base_of(network)
+    weights = {}
+    for name, parameter in base.named_parameters():
+        if _ADAPTER in name:
+            continue
+        value = parameter.detach()
+        owner, wrapped, tensor = name.rpartition(f"{_WRAPPED}.")
+        if wrapped and tensor == "weight":
+            layer = base.get_submodule(owner)
+            for adapter in layer.active_adapters:
+                value = value + layer.get_delta_weight(adapter).detach().to(value)
+        weights[name.replace(_WRAPPED, "")] = value
+    exported: dict[str, Tensor] = revert_weight_conversion(base, weights)
+    return exported
+
+
+def checksum(network: nn.Module) -> tuple[float, ...]:
+    """A number for each trainable weight, by which one sees that any of them has changed.
+
+    It is of the values, as weights are also changed by pointing parameters at other tensors.
+    """
+    sums = [
+        parameter.detach().sum(dtype=torch.float64)
+        for parameter in network.parameters()
+        if parameter.requires_grad
+    ]
+    return tuple(torch.stack(sums).tolist()) if sums else ()
