@@ -3,20 +3,24 @@
 PYTHON ?= python3.11
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := bin/python -m pip --disable-pip-version-check install --quiet
-EXTRAS := lora,data,tasks,tools,control,mujoco,diffusion,representation,tensorboard,smollm2,server,docs,dev
+EXTRAS := lora,data,tasks,tools,control,mujoco,diffusion,representation,tensorboard,smollm2,server,ray,docs,dev
 
 # CPU builds of torch have an index of their own; with an NVIDIA GPU the default builds are right.
 ifeq ($(shell command -v nvidia-smi),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: train test lint types contract docs bench clean
+.PHONY: train test test-cluster lint types contract docs bench clean
 
 train: .venv/ready
 	.venv/bin/postgrad train --config recipes/grace.yaml
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
+
+# a Ray cluster of two nodes on this machine: workers, what they draw, and what happens without them
+test-cluster: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m cluster tests/cluster
 
 lint: .venv/ready
 	.venv/bin/ruff check .

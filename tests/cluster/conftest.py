@@ -2,8 +2,14 @@ import os
 
 import pytest
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"
+# a machine that is short of memory for other reasons is not what is tested
+os.environ.update(
+    {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
+    }
+)
 
 collect_ignore_glob = []
 try:

@@ -26,7 +26,7 @@ def obedient(folder):
     return functools.partial(_made, str(folder))
 
 
-def _made(folder):
+def _made(folder, *settings):
     return Obedient(folder)
 
 
@@ -39,7 +39,7 @@ class Obedient:
             raise PostgradError("the model's memory is taken")
 
     def draw(self, policy, prompts, settings, seeds, limits):
-        for found in sorted(self.folder.iterdir()):
+        for found in sorted(self.folder.glob("*.*")):
             what, *where, _ = found.name.split(".")
             if where not in ([], [_node()]):
                 continue

@@ -131,7 +131,7 @@ def test_a_worker_that_raises_is_replaced(crew, policy, orders, expected):
 
 def test_a_mistake_of_the_user_is_not_tried_again(crew, policy, orders, expected):
     faults.order(orders, "object")
-    with pytest.raises(PostgradError, match="^the model's memory is taken$"):
+    with pytest.raises(PostgradError, match=r"^the model's memory is taken$"):
         crew.ask(policy, asked(policy)).drawn()
     assert alike(crew.ask(policy, asked(policy)).drawn(), expected)
 
@@ -169,10 +169,10 @@ def test_the_number_of_workers_makes_no_difference(crew, cluster, policy, expect
             assert alike(engine.ask(policy, asked(policy)).drawn(), expected)
         finally:
             engine.close()
-    with pytest.raises(PostgradError, match="^rollout.workers: the engine is closed$"):
+    with pytest.raises(PostgradError, match=r"^rollout.workers: the engine is closed$"):
         engine.ask(policy, asked(policy))
 
 
 def test_a_cluster_without_room_is_refused(cluster, policy):
-    with pytest.raises(PostgradError, match="^rollout.workers: 40 workers need 40 CPUs, and the"):
+    with pytest.raises(PostgradError, match=r"^rollout.workers: 40 workers need 40 CPUs, and the"):
         ClusterEngine(policy, ClusterSettings(40))

@@ -3,17 +3,18 @@
 import importlib.util
 import logging
 import os
+import signal
 import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import numpy
@@ -31,7 +32,6 @@ from postgrad.sampling.generation import draw_here
 EngineOf = Callable[[], Engine | None]
 
 _TRIES = 3  # workers that may be lost over one chunk, or in a row while they come up
-_CONNECTING = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -331,6 +331,9 @@ class _Crew:
         if self._broken is not None:
             asked.fail(self._broken)
             return
+        self._failed_starts = 0
+        while len(self._workers) < self._settings.workers:
+            self._hire()
         self._queue.extend(asked.chunks)
 
     def report(self) -> dict[str, float]:
@@ -354,9 +357,11 @@ class _Crew:
             self._failed_starts = 0
             return
         self._failed_starts += 1
-        if _mendable(error) or self._failed_starts >= _TRIES:
+        alone = not any(other.up for other in self._workers)
+        if _mendable(error) or (alone and self._failed_starts >= _TRIES):
             self._give_up(_in_one_line("a worker does not start", error))
-        self._replace(worker)
+        # where others are up they go on without it, until more is asked for
+        self._replace(worker, hire=self._failed_starts < _TRIES)
 
     def _answered(self, worker: _Worker, result: Any, error: BaseException | None) -> None:
         chunk, worker.chunk = worker.chunk, None
@@ -378,13 +383,16 @@ class _Crew:
             self._queue.appendleft(chunk)
         self._replace(worker)
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker, hire: bool = True) -> None:
         """Let another worker take the place of one that is lost, or no longer trusted."""
         import ray
 
+        if not ray.is_initialized():  # the process ends, and Ray with it
+            self._give_up(PostgradError("rollout.workers: the engine is closed"))
+            return
         self._workers.remove(worker)
         ray.kill(worker.actor)
-        if self._broken is None:
+        if hire and self._broken is None:
             self._tally.restarts += 1
             self._hire()
 
@@ -490,18 +498,29 @@ def _connect(settings: ClusterSettings) -> bool:
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     address = settings.address or os.environ.get("RAY_ADDRESS")
     owned = not ray.is_initialized()
-    if owned and address is None:
-        cores = max(settings.workers * settings.cpus, os.cpu_count() or 1)
-        ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
-    elif owned:
-        try:
-            ray.init(address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as problem:
-            raise PostgradError(
-                f"rollout.address: there is no Ray cluster at {address!r}: {_first_line(problem)}"
-            ) from problem
+    with _signals_kept():
+        if owned and address is None:
+            cores = max(settings.workers * settings.cpus, os.cpu_count() or 1)
+            ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
+        elif owned:
+            try:
+                ray.init(address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as problem:
+                raise PostgradError(
+                    f"rollout.address: there is no Ray cluster at {address!r}: "
+                    f"{_first_line(problem)}"
+                ) from problem
     _require_room(settings)
     return owned
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, in the main thread; it stays what it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _require_room(settings: ClusterSettings) -> None:
