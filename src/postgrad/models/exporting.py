@@ -1,5 +1,6 @@
 """A network's weights as a checkpoint of its own model would name them, for other programs."""
 
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ _ADAPTER = ".lora_"
 
 
 def exported_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The present weights by name, without gradients; a tied matrix once.
+    """The present weights by name, without gradients; an output layer tied to the embeddings too.
 
     What an adapter adds is merged in, into a copy of the matrices it adds to. All other tensors are
     the network's own: whoever keeps them copies them.
@@ -31,8 +32,22 @@ def exported_weights(network: nn.Module) -> dict[str, Tensor]:
             for adapter in layer.active_adapters:
                 value = value + layer.get_delta_weight(adapter).detach().to(value)
         weights[name.replace(_WRAPPED, "")] = value
+    output = base.get_output_embeddings()
+    for name, module in base.named_modules(remove_duplicate=False):
+        if module is output and f"{name}.weight" not in weights:
+            embeddings = base.get_input_embeddings().weight
+            (tied,) = [n for n, parameter in base.named_parameters() if parameter is embeddings]
+            weights[f"{name}.weight"] = weights[tied.replace(_WRAPPED, "")]
     exported: dict[str, Tensor] = revert_weight_conversion(base, weights)
     return exported
+
+
+def untied_config(network: nn.Module) -> Any:
+    """A copy of the model's configuration, in which the output layer is not tied to embeddings."""
+    config = copy.deepcopy(base_of(network).config)
+    config.tie_word_embeddings = False
+    config.get_text_config(decoder=True).tie_word_embeddings = False
+    return config
 
 
 def checksum(network: nn.Module) -> tuple[float, ...]:

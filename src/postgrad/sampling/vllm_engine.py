@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from postgrad.errors import MissingExtra, PostgradError
-from postgrad.models.exporting import checksum, exported_weights
+from postgrad.models.exporting import checksum, exported_weights, untied_config
 from postgrad.models.network import base_of
 from postgrad.models.policy import LanguagePolicy
 from postgrad.sampling.drawing import SamplingSettings
@@ -107,7 +107,9 @@ class VLLMEngine:
         drawn = []
         for output in outputs:
             (one,) = output.outputs
-            logprobs = [here[token].logprob for token, here in zip(one.token_ids, one.logprobs, strict=True)]
+            logprobs = [
+                here[token].logprob for token, here in zip(one.token_ids, one.logprobs, strict=True)
+            ]
             drawn.append(_drawn(list(one.token_ids), logprobs, one.finish_reason))
         return drawn
 
@@ -117,9 +119,9 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        base = base_of(policy.network)
         with tempfile.TemporaryDirectory(prefix="postgrad-vllm-") as folder, _undisturbed():
-            base.config.save_pretrained(folder)
+            # vLLM packs an output layer apart on CPUs: tied, it would keep what it started with
+            untied_config(policy.network).save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
             try:
                 from vllm import LLM
