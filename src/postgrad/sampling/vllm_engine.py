@@ -81,14 +81,25 @@ class VLLMEngine:
         seeds: Sequence[int],
         limits: Sequence[int],
     ) -> list[Drawn]:
-        if self._engine is None:
-            with self._clock.timed("engine/start_seconds"):
-                self._engine = self._started(policy)
-        self._take_up(policy)
+        with _undisturbed():
+            if self._engine is None:
+                with self._clock.timed("engine/start_seconds"):
+                    self._engine = self._started(policy)
+            self._take_up(policy)
+            requests = [
+                _request(policy, settings, seed, limit)
+                for seed, limit in zip(seeds, limits, strict=True)
+            ]
+            return self._drawn_by(policy, prompts, requests)
+
+    def _drawn_by(
+        self, policy: LanguagePolicy, prompts: Sequence[Tensor], requests: list[dict[str, Any]]
+    ) -> list[Drawn]:
         from vllm import SamplingParams
 
         longest = self._engine.llm_engine.model_config.max_model_len
-        for prompt, limit in zip(prompts, limits, strict=True):
+        for prompt, request in zip(prompts, requests, strict=True):
+            limit = request["max_tokens"]
             if len(prompt) + limit > longest:
                 raise PostgradError(
                     f"rollout.cache_gib: {self._cache / 2**30:g} GiB hold a context of {longest} "
@@ -98,10 +109,7 @@ class VLLMEngine:
         with self._clock.timed("engine/draw_seconds"), _without_compiling(policy.device):
             outputs = self._engine.generate(
                 [{"prompt_token_ids": prompt.tolist()} for prompt in prompts],
-                [
-                    SamplingParams(**_request(policy, settings, seed, limit))
-                    for seed, limit in zip(seeds, limits, strict=True)
-                ],
+                [SamplingParams(**request) for request in requests],
                 use_tqdm=False,
             )
         drawn = []
@@ -119,7 +127,7 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        with tempfile.TemporaryDirectory(prefix="postgrad-vllm-") as folder, _undisturbed():
+        with tempfile.TemporaryDirectory(prefix="postgrad-vllm-") as folder:
             # vLLM packs an output layer apart on CPUs: tied, it would keep what it started with
             untied_config(policy.network).save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
@@ -414,7 +422,7 @@ def _sampling_dtype(policy: LanguagePolicy) -> torch.dtype:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """vLLM seeds every generator there is, and takes torch.set_num_threads away on CPUs."""
+    """vLLM seeds and uses the process's generators, and takes torch.set_num_threads away."""
     import numpy
 
     states = random.getstate(), numpy.random.get_state()
