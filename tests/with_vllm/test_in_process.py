@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from language_runs import SMALL
 from postgrad.api import train
 from postgrad.errors import PostgradError
 from postgrad.models.exporting import exported_weights
@@ -147,8 +148,8 @@ def test_nobody_elses_random_numbers_are_touched(policy):
 
 def test_a_model_that_vllm_cannot_run_is_one_line(tmp_path):
     with pytest.raises(PostgradError) as caught:
-        train("grpo", model="tiny", data="addition", steps=1, output=tmp_path,
-              rollout={"engine": "vllm", "cache_gib": 0.1})  # fmt: skip
+        train("grpo", data="addition", steps=1, output=tmp_path / "run",
+              rollout={"engine": "vllm", "cache_gib": 0.1}, **SMALL)  # fmt: skip
     assert "rollout.engine: vLLM cannot run this model" in str(caught.value)
     assert "\n" not in str(caught.value)
 

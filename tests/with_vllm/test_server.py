@@ -46,7 +46,7 @@ class Served:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self._folder,
             "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32",
-                "--logprobs-mode", "processed_logprobs", "--enforce-eager",
+                "--logprobs-mode", "processed_logprobs", "--enforce-eager", "--enable-scale-out",
             "--kv-cache-memory-bytes", "50000000",
         ]  # fmt: skip
         changes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": TOKEN}

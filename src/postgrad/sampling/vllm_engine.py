@@ -19,11 +19,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from postgrad.errors import MissingExtra, PostgradError
-from postgrad.models.exporting import checksum, exported_weights, untied_config
+from postgrad.models.exporting import (
+    checksum,
+    exported_weights,
+    is_tied,
+    save_weights,
+    untied_config,
+)
 from postgrad.models.network import base_of
 from postgrad.models.policy import LanguagePolicy
 from postgrad.sampling.drawing import SamplingSettings
@@ -31,6 +36,7 @@ from postgrad.sampling.engines import Drawn
 
 TOKEN = "VLLM_API_KEY"  # the variable that vLLM's server reads its token from, too
 _AT_ONCE = 64  # requests that wait for the server side by side
+_PROBE = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "detokenize": False}}
 _LONGEST_WAIT = 30.0  # seconds between two tries
 
 
@@ -146,6 +152,7 @@ class VLLMEngine:
                     enable_prefix_caching=True,
                 )
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as problem:
+                _leave_groups()
                 raise PostgradError(
                     f"rollout.engine: vLLM cannot run this model: {_one_line(problem)}"
                 ) from problem
@@ -170,11 +177,9 @@ class VLLMEngine:
     def close(self) -> None:
         if self._engine is None:
             return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         self._engine.llm_engine.engine_core.shutdown()
         self._engine = self._held = None
-        cleanup_dist_env_and_memory()
+        _leave_groups()
 
 
 class VLLMServer:
@@ -225,6 +230,12 @@ class VLLMServer:
         seeds: Sequence[int],
         limits: Sequence[int],
     ) -> list[Drawn]:
+        if self._on_cpu and is_tied(policy.network):
+            raise PostgradError(
+                "rollout.server: behind a server on CPUs vLLM cannot take up the weights of an "
+                "output layer that is tied to the embeddings: train and serve a copy made by "
+                "postgrad.models.exporting.save_untied, or set rollout.engine=vllm"
+            )
         requests = []
         for prompt, seed, limit in zip(prompts, seeds, limits, strict=True):
             if len(prompt) + limit > self._context:
@@ -281,12 +292,8 @@ class VLLMServer:
         ):
             return
         with self._clock.timed("engine/weights_seconds"):
-            weights = {
-                name: value.to("cpu").contiguous()
-                for name, value in exported_weights(policy.network).items()
-            }
             try:
-                save_file(weights, self._exchange / "model.safetensors")
+                save_weights(policy.network, self._exchange / "model.safetensors")
             except OSError as problem:
                 raise PostgradError(
                     f"rollout.exchange: cannot write the weights into {self._exchange}: "
@@ -320,12 +327,14 @@ class VLLMServer:
         """How long a context it serves, if it is one that can be used."""
         try:
             models = self._get("/v1/models")
-            served = self._get("/server_info", config_format="json")
+            served = self._get("/server_info", config_format="json")["vllm_config"]
+            self._post("/inference/v1/generate", _PROBE)
         except _Unreachable as problem:
             raise PostgradError(
                 f"rollout.server: {self._address} does not answer: {problem}"
             ) from problem
-        mode = served["vllm_config"]["model_config"].get("logprobs_mode")
+        self._on_cpu = served["device_config"]["device"] == "cpu"
+        mode = served["model_config"].get("logprobs_mode")
         if mode != "processed_logprobs":
             raise PostgradError(
                 f"rollout.server: {self._address} gives {mode!r}, expected log-probabilities at "
@@ -346,7 +355,12 @@ class VLLMServer:
             response = self._client.request(kind, path, **request)
         except httpx.TransportError as problem:
             raise _Unreachable(_one_line(problem) or type(problem).__name__) from problem
-        if response.status_code in (401, 403):
+        if response.status_code == 403:
+            raise PostgradError(
+                f"rollout.server: {self._address} has {path} switched off: start it with "
+                "--enable-scale-out"
+            )
+        if response.status_code == 401:
             raise PostgradError(
                 f"rollout.server: {self._address} refuses the token: expected the server's own in "
                 f"the environment variable {TOKEN}"
@@ -418,6 +432,13 @@ def _sampling_dtype(policy: LanguagePolicy) -> torch.dtype:
         return torch.get_autocast_dtype(device)
     dtype: torch.dtype = base_of(policy.network).dtype
     return dtype
+
+
+def _leave_groups() -> None:
+    """End what vLLM has begun of torch.distributed, so that another one can start."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 @contextmanager
