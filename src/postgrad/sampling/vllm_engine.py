@@ -19,11 +19,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from postgrad.errors import MissingExtra, PostgradError
-from postgrad.models.exporting import checksum, exported_weights
+from postgrad.models.exporting import (
+    checksum,
+    exported_weights,
+    is_tied,
+    save_weights,
+    untied_config,
+)
 from postgrad.models.network import base_of
 from postgrad.models.policy import LanguagePolicy
 from postgrad.sampling.drawing import SamplingSettings
@@ -31,6 +36,7 @@ from postgrad.sampling.engines import Drawn
 
 TOKEN = "VLLM_API_KEY"  # the variable that vLLM's server reads its token from, too
 _AT_ONCE = 64  # requests that wait for the server side by side
+_PROBE = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "detokenize": False}}
 _LONGEST_WAIT = 30.0  # seconds between two tries
 
 
@@ -81,14 +87,25 @@ class VLLMEngine:
         seeds: Sequence[int],
         limits: Sequence[int],
     ) -> list[Drawn]:
-        if self._engine is None:
-            with self._clock.timed("engine/start_seconds"):
-                self._engine = self._started(policy)
-        self._take_up(policy)
+        with _undisturbed():
+            if self._engine is None:
+                with self._clock.timed("engine/start_seconds"):
+                    self._engine = self._started(policy)
+            self._take_up(policy)
+            requests = [
+                _request(policy, settings, seed, limit)
+                for seed, limit in zip(seeds, limits, strict=True)
+            ]
+            return self._drawn_by(policy, prompts, requests)
+
+    def _drawn_by(
+        self, policy: LanguagePolicy, prompts: Sequence[Tensor], requests: list[dict[str, Any]]
+    ) -> list[Drawn]:
         from vllm import SamplingParams
 
         longest = self._engine.llm_engine.model_config.max_model_len
-        for prompt, limit in zip(prompts, limits, strict=True):
+        for prompt, request in zip(prompts, requests, strict=True):
+            limit = request["max_tokens"]
             if len(prompt) + limit > longest:
                 raise PostgradError(
                     f"rollout.cache_gib: {self._cache / 2**30:g} GiB hold a context of {longest} "
@@ -98,10 +115,7 @@ class VLLMEngine:
         with self._clock.timed("engine/draw_seconds"), _without_compiling(policy.device):
             outputs = self._engine.generate(
                 [{"prompt_token_ids": prompt.tolist()} for prompt in prompts],
-                [
-                    SamplingParams(**_request(policy, settings, seed, limit))
-                    for seed, limit in zip(seeds, limits, strict=True)
-                ],
+                [SamplingParams(**request) for request in requests],
                 use_tqdm=False,
             )
         drawn = []
@@ -119,9 +133,9 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        base = base_of(policy.network)
-        with tempfile.TemporaryDirectory(prefix="postgrad-vllm-") as folder, _undisturbed():
-            base.config.save_pretrained(folder)
+        with tempfile.TemporaryDirectory(prefix="postgrad-vllm-") as folder:
+            # vLLM packs an output layer apart on CPUs: tied, it would keep what it started with
+            untied_config(policy.network).save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
             try:
                 from vllm import LLM
@@ -138,6 +152,7 @@ class VLLMEngine:
                     enable_prefix_caching=True,
                 )
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as problem:
+                _leave_groups()
                 raise PostgradError(
                     f"rollout.engine: vLLM cannot run this model: {_one_line(problem)}"
                 ) from problem
@@ -162,11 +177,9 @@ class VLLMEngine:
     def close(self) -> None:
         if self._engine is None:
             return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         self._engine.llm_engine.engine_core.shutdown()
         self._engine = self._held = None
-        cleanup_dist_env_and_memory()
+        _leave_groups()
 
 
 class VLLMServer:
@@ -217,6 +230,12 @@ class VLLMServer:
         seeds: Sequence[int],
         limits: Sequence[int],
     ) -> list[Drawn]:
+        if self._on_cpu and is_tied(policy.network):
+            raise PostgradError(
+                "rollout.server: behind a server on CPUs vLLM cannot take up the weights of an "
+                "output layer that is tied to the embeddings: train and serve a copy made by "
+                "postgrad.models.exporting.save_untied, or set rollout.engine=vllm"
+            )
         requests = []
         for prompt, seed, limit in zip(prompts, seeds, limits, strict=True):
             if len(prompt) + limit > self._context:
@@ -273,12 +292,8 @@ class VLLMServer:
         ):
             return
         with self._clock.timed("engine/weights_seconds"):
-            weights = {
-                name: value.to("cpu").contiguous()
-                for name, value in exported_weights(policy.network).items()
-            }
             try:
-                save_file(weights, self._exchange / "model.safetensors")
+                save_weights(policy.network, self._exchange / "model.safetensors")
             except OSError as problem:
                 raise PostgradError(
                     f"rollout.exchange: cannot write the weights into {self._exchange}: "
@@ -312,12 +327,14 @@ class VLLMServer:
         """How long a context it serves, if it is one that can be used."""
         try:
             models = self._get("/v1/models")
-            served = self._get("/server_info", config_format="json")
+            served = self._get("/server_info", config_format="json")["vllm_config"]
+            self._post("/inference/v1/generate", _PROBE)
         except _Unreachable as problem:
             raise PostgradError(
                 f"rollout.server: {self._address} does not answer: {problem}"
             ) from problem
-        mode = served["vllm_config"]["model_config"].get("logprobs_mode")
+        self._on_cpu = served["device_config"]["device"] == "cpu"
+        mode = served["model_config"].get("logprobs_mode")
         if mode != "processed_logprobs":
             raise PostgradError(
                 f"rollout.server: {self._address} gives {mode!r}, expected log-probabilities at "
@@ -338,7 +355,12 @@ class VLLMServer:
             response = self._client.request(kind, path, **request)
         except httpx.TransportError as problem:
             raise _Unreachable(_one_line(problem) or type(problem).__name__) from problem
-        if response.status_code in (401, 403):
+        if response.status_code == 403:
+            raise PostgradError(
+                f"rollout.server: {self._address} has {path} switched off: start it with "
+                "--enable-scale-out"
+            )
+        if response.status_code == 401:
             raise PostgradError(
                 f"rollout.server: {self._address} refuses the token: expected the server's own in "
                 f"the environment variable {TOKEN}"
@@ -412,9 +434,16 @@ def _sampling_dtype(policy: LanguagePolicy) -> torch.dtype:
     return dtype
 
 
+def _leave_groups() -> None:
+    """End what vLLM has begun of torch.distributed, so that another one can start."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """vLLM seeds every generator there is, and takes torch.set_num_threads away on CPUs."""
+    """vLLM seeds and uses the process's generators, and takes torch.set_num_threads away."""
     import numpy
 
     states = random.getstate(), numpy.random.get_state()
