@@ -6,8 +6,8 @@ What workers do is in tests/cluster, on a cluster of two nodes.
 import sys
 
 import pytest
-from language_runs import SMALL, write_rows
 
+from language_runs import SMALL, write_rows
 from postgrad.api import prepare
 from postgrad.errors import PostgradError
 
