@@ -40,8 +40,8 @@ def letters(completions):
 
 
 def untimed(run):
-    """What a lost worker may not change."""
-    lost = ("rollout/restarts", "rollout/workers")
+    """What neither lost workers nor a stop may change."""
+    lost = ("rollout/restarts", "rollout/workers", "rollout/pushes")
     return [{k: v for k, v in row.items() if k not in lost} for row in with_restarts(run)]
 
 

@@ -31,6 +31,14 @@ from postgrad.sampling.generation import draw_here
 
 EngineOf = Callable[[], Engine | None]
 
+# read by Ray when it is imported, and by the processes that it starts
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # it warns of this change
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # what it prints of lost workers: the metrics count them
+    # workers do what the run waits for: by default they have what others leave of the cores
+    "RAY_worker_niceness": "0",
+}
 _TRIES = 3  # workers that may be lost over one chunk, or in a row while they come up
 
 
@@ -488,10 +496,8 @@ def _connect(settings: ClusterSettings) -> bool:
     """Be connected to a Ray cluster with room for the workers; whether it was started here."""
     if importlib.util.find_spec("ray") is None:
         raise MissingExtra("ray", "ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns of this change
-    # workers do what the run waits for: by default Ray gives them what others leave of the cores
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
