@@ -38,7 +38,8 @@ def started(tmp_path):
         (tmp_path / "reward.py").write_text(REWARD)
         told, tell = os.pipe()
         command = [
-            sys.executable, "-c", "from postgrad.cli import main; main()", "train", "grpo", "model=tiny", "data=addition",
+            sys.executable, "-c", "from postgrad.cli import main; main()",
+            "train", "grpo", "model=tiny", "data=addition",
             "reward=reward.py:length", "rollout.samples=4", "rollout.max_new_tokens=8",
             "rollout.workers=2", "batch_size=2", "eval_size=4", "report=false", "log=[]",
             "output=run", *words,
