@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ROWS = [{"prompt": f"{i:02d}+{i:02d}=", "answer": str(2 * i)} for i in range(24)]
 ROLLOUT = {"samples": 4, "max_new_tokens": 8}
-WORKERS = {"workers": 2, "chunk": 4, "worker_patience": 600}
+WORKERS = {"workers": 2, "chunk": 4}
 
 
 # a reward that places orders for the workers in the step that is asked for

@@ -31,7 +31,7 @@ def orders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crew(cluster, policy, orders):
-    settings = ClusterSettings(WORKERS, chunk=4, patience=600)
+    settings = ClusterSettings(WORKERS, chunk=4)
     engine = ClusterEngine(policy, settings, faults.obedient(orders))
     yield engine
     engine.close()
@@ -164,7 +164,7 @@ def test_a_node_is_lost_while_its_worker_draws(crew, cluster, policy, orders, ex
 def test_the_number_of_workers_makes_no_difference(crew, cluster, policy, expected):
     crew.close()
     for workers in (1, 2):
-        engine = ClusterEngine(policy, ClusterSettings(workers, chunk=4, patience=600))
+        engine = ClusterEngine(policy, ClusterSettings(workers, chunk=4))
         try:
             assert alike(engine.ask(policy, asked(policy)).drawn(), expected)
         finally:

@@ -62,7 +62,7 @@ class ClusterSettings:
     cpus: int = 1
     gpus: float = 0
     chunk: int = 8
-    patience: float = 120.0
+    patience: float = 600.0
 
 
 @dataclass(frozen=True)
