@@ -159,6 +159,7 @@ class Method(ABC):
 
     def close(self) -> None:
         """Let go of what it holds besides memory: other processes, connections, files."""
+        module: Any
         for module in self.modules().values():
             engine = getattr(module, "engine", None)
             if engine is not None:

@@ -274,12 +274,9 @@ class _Crew:
 
         self._settings = settings
         portable = ray.put(policy.portable())
-        options = {
-            "num_cpus": settings.cpus,
-            "num_gpus": settings.gpus,
-            "scheduling_strategy": "SPREAD",
-        }
-        kind = ray.remote(**options)(Drawer)
+        kind: Any = ray.remote(
+            num_cpus=settings.cpus, num_gpus=settings.gpus, scheduling_strategy="SPREAD"
+        )(Drawer)
         self._start = lambda: kind.remote([portable], engine_of, policy.device.type, settings.cpus)
         self._workers: list[_Worker] = []
         self._queue: deque[_Chunk] = deque()
@@ -501,7 +498,11 @@ def _connect(settings: ClusterSettings) -> bool:
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "configure_logging": False,
+        "logging_level": logging.ERROR,
+    }
     address = settings.address or os.environ.get("RAY_ADDRESS")
     owned = not ray.is_initialized()
     with _signals_kept():
