@@ -41,8 +41,8 @@ def started(tmp_path):
             sys.executable, "-c", "from postgrad.cli import main; main()",
             "train", "grpo", "model=tiny", "data=addition",
             "reward=reward.py:length", "rollout.samples=4", "rollout.max_new_tokens=8",
-            "rollout.workers=2", "rollout.chunk=4", "batch_size=2", "eval_size=4", "report=false", "log=[]",
-            "output=run", *words,
+            "rollout.workers=2", "rollout.chunk=4", "batch_size=2", "eval_size=4",
+            "report=false", "log=[]", "output=run", *words,
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         process = subprocess.Popen(
