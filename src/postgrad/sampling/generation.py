@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from postgrad import processes
 from postgrad.errors import PostgradError
 from postgrad.models.policy import LanguagePolicy
 from postgrad.models.scoring import distinct
@@ -88,7 +89,12 @@ def generate(
         wanted = [int(seed) for seed in seeds]
         drawn = engine.draw(policy, repeated, settings, wanted, rooms.tolist())
     else:
-        drawn = _drawn_here(policy, repeated, settings, seeds, rooms, mixture, mask)
+
+        def draw_share(share: Sequence[int]) -> list[Drawn]:
+            some, own = [repeated[i] for i in share], [int(seeds[i]) for i in share]
+            return _drawn_here(policy, some, settings, own, rooms[list(share)], mixture, mask)
+
+        drawn = processes.divided(range(len(repeated)), draw_share)
     responses = [one.tokens.to(policy.device) for one in drawn]
     return Rollouts(
         prompts=repeated,
@@ -103,14 +109,14 @@ def _drawn_here(
     policy: LanguagePolicy,
     repeated: list[Tensor],
     settings: SamplingSettings,
-    seeds: Tensor | Sequence[int],
+    seeds: Sequence[int],
     rooms: Tensor,
     mixture: float,
     mask: ActionMask | None,
 ) -> list[Drawn]:
     """What an engine would draw, by the policy in this process."""
     longest = int(rooms.max())
-    uniforms = torch.stack([uniform_stream(int(seed), longest) for seed in seeds])
+    uniforms = torch.stack([uniform_stream(seed, longest) for seed in seeds])
 
     tokens = torch.zeros(len(repeated), longest, dtype=torch.long)
     logprobs = torch.zeros(len(repeated), longest)
