@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from postgrad import processes
 from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -64,6 +65,11 @@ def attach_engine(
 
 def made_engine(rollout: EngineSettings, place: Place) -> Engine | None:
     """The engine, or None where the policy draws for itself."""
+    if rollout.engine != "own" and processes.count() > 1:
+        raise PostgradError(
+            f"rollout.engine: {rollout.engine!r} serves one training process, and there are "
+            f"{processes.count()}: expected own"
+        )
     if rollout.engine == "vllm":
         return VLLMEngine(rollout.cache_gib)
     if rollout.engine == "vllm-server":
