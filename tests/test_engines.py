@@ -151,7 +151,7 @@ def test_a_demonstration_was_drawn_by_nobody_and_keeps_its_weight():
 
 def test_a_run_says_how_far_engine_and_trainer_are_apart_and_closes_the_engine(tmp_path):
     policy = load_policy("tiny")
-    policy.engine = Shifted(-0.3)
+    policy.engine = engine = Shifted(-0.3)
     settings = {**SMALL, **SHORT, "data": ROWS, "reward": letters, "steps": 2, "output": tmp_path}
     train("grpo", **{**settings, "model": policy})
     first = next(row for row in read_rows(tmp_path / "metrics.jsonl") if "reward" in row)
@@ -159,7 +159,8 @@ def test_a_run_says_how_far_engine_and_trainer_are_apart_and_closes_the_engine(t
     assert first["engine/logprob_difference_largest"] == pytest.approx(0.3, abs=1e-4)
     assert first["engine/effective_samples"] == pytest.approx(1.0, abs=1e-4)
     assert first["engine/answers"] == 42
-    assert policy.engine.closed == 1
+    assert engine.closed == 1
+    assert policy.engine is None
 
 
 # Weights -------------------------------------------------------------------------------------

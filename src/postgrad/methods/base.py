@@ -159,5 +159,8 @@ class Method(ABC):
 
     def close(self) -> None:
         """Let go of what it holds besides memory: other processes, connections, files."""
-        for engine in self.engines():
-            engine.close()
+        for module in self.modules().values():
+            engine = getattr(module, "engine", None)
+            if engine is not None:
+                engine.close()
+                module.engine = None
