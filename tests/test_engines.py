@@ -9,6 +9,7 @@ from language_runs import SMALL, moved
 from postgrad.api import prepare, train
 from postgrad.config import LoopSettings
 from postgrad.errors import PostgradError
+from postgrad.methods.language import engines
 from postgrad.models.exporting import checksum, exported_weights
 from postgrad.models.language import LoraSettings, load_policy
 from postgrad.models.snapshots import Snapshot
@@ -264,3 +265,18 @@ def test_top_p_and_the_correction_do_not_go_together():
     with pytest.raises(PostgradError, match=r"rollout\.top_p=1, got 0\.9"):
         made("grpo", -0.3, rollout={"top_p": 0.9})
     made("grpo", -0.3, rollout={"top_p": 0.9, "correction": "none"}).collect(0)
+
+
+@pytest.mark.parametrize("slug", ["disco", "rloo"])
+def test_a_method_without_a_correction_says_so_before_it_is_made(slug, monkeypatch):
+    monkeypatch.setattr(engines, "made_engine", lambda rollout, place: Shifted(-0.3))
+
+    def long(completions):
+        return [float(len(text) > 4) for text in completions]
+
+    given = {"model": "tiny", "data": ROWS, "reward": long}
+    with pytest.raises(PostgradError, match=r"no correction .* expected none, got"):
+        prepare(slug, **given)
+    without = prepare(slug, **given, rollout={**SHORT["rollout"], "correction": "none"})[0]
+    loss, _ = without.loss(without.collect(0))
+    assert torch.isfinite(loss)
