@@ -10,7 +10,7 @@ ifeq ($(shell command -v nvidia-smi),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: train test test-cluster test-vllm lint types contract docs bench clean
+.PHONY: train test test-cluster test-vllm lint types contract docs bench study-verifiable clean
 
 train: .venv/ready
 	.venv/bin/postgrad train --config recipes/grace.yaml
@@ -38,6 +38,10 @@ contract: .venv/ready
 
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# every method on verifiable rewards on the same footing; an interrupted call continues
+study-verifiable: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/python recipes/study_verifiable.py
 
 # without vLLM its row says so, and the others are measured all the same
 bench: .venv/ready .bench/peers/ready

@@ -9,6 +9,7 @@ from language_runs import SMALL, moved
 from postgrad.api import prepare, train
 from postgrad.config import LoopSettings
 from postgrad.errors import PostgradError
+from postgrad.methods.language import engines
 from postgrad.models.exporting import checksum, exported_weights
 from postgrad.models.language import LoraSettings, load_policy
 from postgrad.models.snapshots import Snapshot
@@ -151,7 +152,7 @@ def test_a_demonstration_was_drawn_by_nobody_and_keeps_its_weight():
 
 def test_a_run_says_how_far_engine_and_trainer_are_apart_and_closes_the_engine(tmp_path):
     policy = load_policy("tiny")
-    policy.engine = Shifted(-0.3)
+    policy.engine = engine = Shifted(-0.3)
     settings = {**SMALL, **SHORT, "data": ROWS, "reward": letters, "steps": 2, "output": tmp_path}
     train("grpo", **{**settings, "model": policy})
     first = next(row for row in read_rows(tmp_path / "metrics.jsonl") if "reward" in row)
@@ -159,7 +160,8 @@ def test_a_run_says_how_far_engine_and_trainer_are_apart_and_closes_the_engine(t
     assert first["engine/logprob_difference_largest"] == pytest.approx(0.3, abs=1e-4)
     assert first["engine/effective_samples"] == pytest.approx(1.0, abs=1e-4)
     assert first["engine/answers"] == 42
-    assert policy.engine.closed == 1
+    assert engine.closed == 1
+    assert policy.engine is None
 
 
 # Weights -------------------------------------------------------------------------------------
@@ -263,3 +265,18 @@ def test_top_p_and_the_correction_do_not_go_together():
     with pytest.raises(PostgradError, match=r"rollout\.top_p=1, got 0\.9"):
         made("grpo", -0.3, rollout={"top_p": 0.9})
     made("grpo", -0.3, rollout={"top_p": 0.9, "correction": "none"}).collect(0)
+
+
+@pytest.mark.parametrize("slug", ["disco", "rloo"])
+def test_a_method_without_a_correction_says_so_before_it_is_made(slug, monkeypatch):
+    monkeypatch.setattr(engines, "made_engine", lambda rollout, place: Shifted(-0.3))
+
+    def long(completions):
+        return [float(len(text) > 4) for text in completions]
+
+    given = {"model": "tiny", "data": ROWS, "reward": long}
+    with pytest.raises(PostgradError, match=r"no correction .* expected none, got"):
+        prepare(slug, **given)
+    without = prepare(slug, **given, rollout={**SHORT["rollout"], "correction": "none"})[0]
+    loss, _ = without.loss(without.collect(0))
+    assert torch.isfinite(loss)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from postgrad import processes
 from postgrad.catalogue import method_class
 from postgrad.config import LoopSettings, Settings, flat, read_yaml, resolve
 from postgrad.errors import PostgradError
@@ -22,11 +23,12 @@ from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import Finished, Loop, pick_device, writable
 from postgrad.training.optimise import native_precision
-from postgrad.training.record import RUN, RunFolder, is_run, read_config
+from postgrad.training.record import RUN, NoFolder, RunFolder, is_run, read_config
 
-# what has no say in what a run computes, and may differ when it is resumed
-_FREE_TO_CHANGE = (
-    "output:", "profile:", "rollout.workers:", "rollout.address:", "rollout.worker_patience:",
+# keys that may change from one part of a run to the next: results do not depend on them
+_FREE = (
+    "output:", "profile:", "processes:", "nodes:", "rendezvous:",
+    "rollout.workers:", "rollout.address:", "rollout.worker_patience:",
 )  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def resume(
     old = _resolved(kind, saved)
     loop, own = _resolved(kind, saved, settings)
     changed = _differences({**flat(old[0]), **flat(old[1])}, {**flat(loop), **flat(own)})
-    changed = [line for line in changed if not line.startswith(_FREE_TO_CHANGE)]
+    changed = [line for line in changed if not line.startswith(_FREE)]
     if changed and not allow_changes:
         raise PostgradError(
             f"the configuration differs from that of {folder}: {'; '.join(changed)} "
@@ -152,6 +154,13 @@ def _start(
     resumed: bool = False,
     allow_changes: bool = False,
 ) -> Run:
+    with processes.joined():
+        path = processes.agreed(lambda: _place_for(slug, loop, resumed))
+        return _run(slug, loop, own, objects, path, quiet, resumed, allow_changes)
+
+
+def _place_for(slug: str, loop: LoopSettings, resumed: bool) -> Path:
+    """The run folder; it must not hold another run, and can be made."""
     path = Path(loop.output or Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not resumed:
         if is_run(path):
@@ -160,26 +169,46 @@ def _start(
                 "or choose another folder"
             )
         writable(path)
+    return path
+
+
+def _run(
+    slug: str,
+    loop: LoopSettings,
+    own: Settings,
+    objects: dict[str, Any],
+    path: Path,
+    quiet: bool,
+    resumed: bool,
+    allow_changes: bool,
+) -> Run:
     method = _built(slug, loop, own, objects)
-    folder = RunFolder(path, trackers=loop.log, name=slug)
+    kind = RunFolder if processes.first() else NoFolder
+    folder = kind(path, trackers=loop.log, name=slug)
     settings = {"method": slug, **own.model_dump(mode="json"), **loop.model_dump(mode="json")}
     prints = method.fingerprints()
     if resumed:
         _require_same_data(path, prints, allow_changes)
     else:
-        folder.create(settings, _about(slug, prints))
-    watch = Terminal(loop.steps, 0) if not quiet else nullcontext(Silent())
+        processes.agreed(lambda: folder.create(settings, _about(slug, prints)))
+    shown = not quiet and processes.first()
+    watch = Terminal(loop.steps, 0) if shown else nullcontext(Silent())
     with closing(method), folder, watch as watcher:
         trainer = Loop(method, loop, folder, watcher)
         if resumed:
             trainer.restore()
         finished = trainer.run(settings)
-        method.save(path / "model")
-        if loop.report:
-            from postgrad.reports.run import write_run_report
-
-            write_run_report(path)
+        processes.agreed(lambda: _leave_behind(method, path, loop))
     return Run(path, method, finished)
+
+
+def _leave_behind(method: Method, path: Path, loop: LoopSettings) -> None:
+    """Write the final model and, if wanted, the report."""
+    method.save(path / "model")
+    if loop.report:
+        from postgrad.reports.run import write_run_report
+
+        write_run_report(path)
 
 
 def build(slug: str, own: Settings, place: Place, objects: Mapping[str, Any]) -> Method:
@@ -202,6 +231,7 @@ def _about(slug: str, prints: dict[str, str]) -> dict[str, Any]:
         "data": prints,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "processes": processes.count(),
         "versions": {name: version(name) for name in ("postgrad", "torch", "transformers")},
     }
 

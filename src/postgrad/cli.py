@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints. Everything heavy is imported inside its command."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ class Commands(click.Group):
         except PostgradError as error:
             if context.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
+            if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+                click.echo(f"error: {error}", err=True)
             context.exit(2)
 
 
@@ -117,15 +119,23 @@ def train(
         raise PostgradError("which method? `postgrad train METHOD`, or --config, or --resume RUN")
     if run is None and method is not None:
         require_implemented(method)
-    from postgrad import api
+    from postgrad import api, processes
 
+    base = read_yaml(config) if config else {}
+    if not processes.launched():
+        from postgrad.launch import launch, layout
+
+        wanted = layout({**base, **values})
+        if wanted.several:
+            sys.exit(launch(wanted, sys.argv[1:]))
     if run is not None:
-        base = read_yaml(config) if config else {}
         if method not in (None, base.pop("method", method)):
             raise PostgradError(f"method: the configuration is not for {method!r}")
         done = api.resume(run, allow_changes=allow_changes, quiet=False, **merge(base, values))
     else:
         done = api.train(str(method), config=config, quiet=False, **values)
+    if not processes.launched_first():
+        return
     if done.finished.interrupted:
         click.echo(
             f"stopped after step {done.finished.step}; continue with\n"
@@ -204,6 +214,7 @@ def reproduce(
 @click.option("--budget", required=True, type=click.IntRange(1), help="Samples each may use.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1, 100))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of runs and page.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs at once.")
 def compare(
     words: tuple[str, ...],
     model: str | None,
@@ -211,6 +222,7 @@ def compare(
     budget: int,
     seeds: int,
     output: Path | None,
+    jobs: int,
 ) -> None:
     """Train several METHODs on the same data, samples and seeds; a table and a page.
 
@@ -235,6 +247,7 @@ def compare(
         budget=budget,
         seeds=seeds,
         output=output,
+        jobs=jobs,
         say=lambda line: click.echo(line, err=True),
         **values,
     )

@@ -3,9 +3,13 @@
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from postgrad import api
 from postgrad.catalogue import method_class
@@ -43,6 +47,7 @@ def compare(
     budget: int,
     seeds: int = 1,
     output: Path | None = None,
+    jobs: int = 1,
     say: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> tuple[str, Path]:
@@ -50,7 +55,9 @@ def compare(
 
     A sample is what a method consumes: a row of data, or a completion where it samples. A method
     may be named several times with settings of its own, `grpo:mask.clip_high=0.28`; `settings` are
-    those of all. Runs that are complete in `output` are kept, unfinished ones continue.
+    those of all. Runs that are complete in `output` are kept, unfinished ones continue. With `jobs`
+    above 1 so many are under way at once, each in a process of one thread; settings then hold names
+    alone and no objects.
     """
     output = output or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if len(set(methods)) < len(methods):
@@ -61,18 +68,17 @@ def compare(
     for each, cost in costs.items():
         if budget < cost:
             raise PostgradError(f"budget: {each.name} needs at least {cost} samples for one step")
-    runs = []
+    calls: list[tuple[str, Path, dict[str, Any]]] = []
+    runs: list[dict[str, Any]] = []
     for seed in range(seeds):
         for each, cost in costs.items():
-            folder = output / f"{each.folder}-seed{seed}"
-            steps = budget // cost
-            say(f"{each.name}, seed {seed}: {steps} steps in {folder}")
+            folder, steps = output / f"{each.folder}-seed{seed}", budget // cost
             own = {"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 5)}
-            _train(each.method, folder, merge(merge(own, settings), each.settings))
-            rows = read_rows(folder / METRICS)
-            runs.append(
-                {"method": each.name, "seed": seed, "metrics": rows, "samples": steps * cost}
-            )
+            calls.append((each.method, folder, merge(merge(own, settings), each.settings)))
+            runs.append({"method": each.name, "seed": seed, "samples": steps * cost})
+    _train_all(calls, jobs, say)
+    for run, (_, folder, _) in zip(runs, calls, strict=True):
+        run["metrics"] = read_rows(folder / METRICS)
     title = f"{', '.join(methods)}: {budget} samples each"
     config = {key: str(value) for key, value in flat(settings).items()}
     page = write_compare_report(runs, output / "report.html", title=title, config=config)
@@ -108,6 +114,26 @@ def _samples_a_step(contender: Contender, settings: dict[str, Any]) -> int:
             f"{contender.name}: cannot count its samples, so it cannot be compared here"
         )
     return int(values["batch_size"]) * int(values.get("rollout.samples", 1))
+
+
+def _train_all(
+    calls: Sequence[tuple[str, Path, dict[str, Any]]], jobs: int, say: Callable[[str], None]
+) -> None:
+    """Train each (method, folder, settings), `jobs` at a time."""
+    if jobs == 1:
+        for method, folder, settings in calls:
+            say(f"{method}, seed {settings['seed']}: {settings['steps']} steps in {folder}")
+            _train(method, folder, settings)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        running = {pool.submit(_train, *call): call for call in calls}
+        try:
+            for number, done in enumerate(as_completed(running), 1):
+                done.result()
+                say(f"{number} of {len(calls)}: {running[done][1]}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _train(method: str, folder: Path, settings: dict[str, Any]) -> None:

@@ -124,6 +124,9 @@ class LoopSettings(Settings):
         "fp32", "bf16 computes under autocast; auto: bf16 where the hardware multiplies it natively"
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …")
+    processes: int = setting(1, "processes on each machine that share the work", gt=0)
+    nodes: int = setting(1, "machines; the same command is given on each of them", gt=0)
+    rendezvous: str | None = setting(None, "host:port of the first machine, with nodes above 1")
     threads: int | None = setting(None, "CPU threads; torch's choice when empty", gt=0)
     evaluate_every: int = setting(0, "steps between evaluations; 0: before and after only", ge=0)
     save_every: int = setting(100, "steps between checkpoints; 0: only at the end", ge=0)

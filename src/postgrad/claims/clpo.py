@@ -4,6 +4,7 @@ from typing import Any
 
 from postgrad.claims.base import Claim, Finding, Outcome
 from postgrad.claims.worked_sums import (
+    PROMPT_TOKENS,
     REWRITE,
     SAMPLES,
     STEPS,
@@ -19,7 +20,7 @@ CLPO: dict[str, Any] = {
     "learning_rate": RATE,
     "rewrite_hard": REWRITE,
     "rewrite_medium": REWRITE,
-    "rewrite_tokens": TOKENS,
+    "rewrite_tokens": PROMPT_TOKENS,
     "rollout": {"samples": SAMPLES, "max_new_tokens": TOKENS},
 }
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -25,6 +25,7 @@ from postgrad.tasks.formats import Row
 
 SHORT, LONG = (2, 3), (4,)  # terms of easy and hard sums
 WIDTH = 9  # of a sum without its equals sign
+PROMPT_TOKENS = WIDTH + 2  # of a sum that the policy writes, its end included
 LETTERS = "abcdefghij"
 # what the policy is asked a second time, in this world's few words
 REFINEMENT, REWRITE = "{prompt}{response}!{critique}=", "{prompt}~"
@@ -128,7 +129,7 @@ def warmed_up(seed: int, skill: str = "none") -> LanguagePolicy:
     key = {
         "seed": seed,
         "skill": skill,
-        "recipe": [steps, _BATCH, _RATE, _LONG_SHARE, _FORGOTTEN],
+        "recipe": [steps, _BATCH, _RATE, _LONG_SHARE, _FORGOTTEN, PROMPT_TOKENS],
         "versions": [version("postgrad"), version("torch")],
     }
 
@@ -147,7 +148,7 @@ def warmed_up(seed: int, skill: str = "none") -> LanguagePolicy:
             steps=steps,
             batch_size=_BATCH,
             learning_rate=_RATE,
-            max_response_tokens=TOKENS,
+            max_response_tokens=max(TOKENS, PROMPT_TOKENS),
         )
         for _ in training:
             pass

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from postgrad import processes
 from postgrad.errors import PostgradError
 from postgrad.models.lean_decoding import lean_layers
 from postgrad.models.network import base_of, linear_layers, pad_right
@@ -81,7 +82,16 @@ class LanguagePolicy(TextNetwork):
         """
         prompts, responses = self.checked(prompts, responses)
         compute = score_shared if self.shares_prefixes else score_plain
-        return compute(self._network(), prompts, responses, temperature, entropy)
+
+        def scores(share: Sequence[int]) -> TokenScores:
+            some, others = [prompts[i] for i in share], [responses[i] for i in share]
+            return compute(self._network(), some, others, temperature, entropy)
+
+        every = range(len(prompts))
+        if torch.is_grad_enabled() or not processes.dividing():
+            return scores(every)
+        rows = processes.divided(every, lambda share: scores(share).rows())
+        return TokenScores.of_rows(rows, self.device)
 
     def of_logits(
         self, prompts: Sequence[Tensor], responses: Sequence[Tensor], function: OfLogits

@@ -42,6 +42,23 @@ class TokenScores:
     mask: Tensor
     entropies: Tensor | None
 
+    def rows(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Of each item the log-probabilities `[L]` and entropies `[L]` of its response."""
+        lengths = self.mask.sum(-1).tolist()
+        return [
+            (self.logprobs[i, :n], None if self.entropies is None else self.entropies[i, :n])
+            for i, n in enumerate(lengths)
+        ]
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[tuple[Tensor, Tensor | None]], device: torch.device
+    ) -> "TokenScores":
+        """The scores of N items from those of each (see `rows`), on a device."""
+        logprobs, mask = pad_right([own.to(device) for own, _ in rows])
+        entropies = [entropy.to(device) for _, entropy in rows if entropy is not None]
+        return cls(logprobs, mask, pad_right(entropies)[0] if entropies else None)
+
 
 def distinct(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     """The different prompts in order of appearance, and for each item which of them it has."""

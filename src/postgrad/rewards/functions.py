@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from postgrad import processes
 from postgrad.errors import NonFinite, PostgradError, unknown
 from postgrad.rewards.running import attempt, attempt_within
 from postgrad.rewards.verifiers import VERIFIERS
@@ -89,11 +90,15 @@ class Term:
     def call(self, available: Mapping[str, list[Any]], time_limit: float) -> Any:
         """What the function returns, called with those keywords that it takes.
 
+        Of several processes one calls it and tells the others.
         One that `keeps_time` (a verifier that limits the time of every completion) has no limit.
 
         Raises:
             PostgradError: it raised, did not return in time, or needs a column that is not there.
         """
+        return processes.agreed(lambda: self._call(available, time_limit))
+
+    def _call(self, available: Mapping[str, list[Any]], time_limit: float) -> Any:
         arguments = self.arguments(available)
         call = functools.partial(self.function, **arguments)
         if getattr(self.function, "keeps_time", False):

@@ -44,8 +44,16 @@ class Wanted:
 
     def part(self, start: int, stop: int) -> "Wanted":
         """Responses from `start` to before `stop`."""
-        here = slice(start, stop)
-        return Wanted(self.prompts[here], self.settings, self.seeds[here], self.limits[here])
+        return self.chosen(range(start, stop))
+
+    def chosen(self, places: Sequence[int]) -> "Wanted":
+        """The responses at these places, in this order."""
+        return Wanted(
+            [self.prompts[i] for i in places],
+            self.settings,
+            [self.seeds[i] for i in places],
+            [self.limits[i] for i in places],
+        )
 
 
 class Engine(Protocol):

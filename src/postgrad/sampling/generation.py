@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from postgrad import processes
 from postgrad.errors import PostgradError
 from postgrad.models.policy import LanguagePolicy
 from postgrad.models.scoring import distinct
@@ -73,7 +74,11 @@ def generate(
     if engine is not None and mixture == 0 and mask is None and not policy.is_reference:
         drawn = engine.draw(policy, asked.prompts, settings, asked.seeds, asked.limits)
     else:
-        drawn = draw_here(policy, asked, mixture, mask)
+
+        def draw_share(share: Sequence[int]) -> list[Drawn]:
+            return draw_here(policy, asked.chosen(share), mixture, mask)
+
+        drawn = processes.divided(range(len(asked.prompts)), draw_share)
     return rollouts_of(policy, asked, drawn)
 
 

@@ -90,7 +90,11 @@ class VLLMEngine:
         with _undisturbed():
             if self._engine is None:
                 with self._clock.timed("engine/start_seconds"):
-                    self._engine = self._started(policy)
+                    try:
+                        self._engine = self._started(policy)
+                    except PostgradError:
+                        _leave_groups()
+                        raise
             self._take_up(policy)
             requests = [
                 _request(policy, settings, seed, limit)
@@ -112,7 +116,11 @@ class VLLMEngine:
                     f"tokens, but a prompt of {len(prompt)} with a response of up to {limit} needs "
                     f"{len(prompt) + limit}: give more"
                 )
-        with self._clock.timed("engine/draw_seconds"), _without_compiling(policy.device):
+        with (
+            self._clock.timed("engine/draw_seconds"),
+            _without_compiling(policy.device),
+            _one_lined(),
+        ):
             outputs = self._engine.generate(
                 [{"prompt_token_ids": prompt.tolist()} for prompt in prompts],
                 [SamplingParams(**request) for request in requests],
@@ -137,7 +145,7 @@ class VLLMEngine:
             # vLLM packs an output layer apart on CPUs: tied, it would keep what it started with
             untied_config(policy.network).save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
-            try:
+            with _one_lined():
                 from vllm import LLM
 
                 return LLM(
@@ -151,18 +159,13 @@ class VLLMEngine:
                     generation_config="vllm",
                     enable_prefix_caching=True,
                 )
-            except (ValueError, RuntimeError, NotImplementedError, AssertionError) as problem:
-                _leave_groups()
-                raise PostgradError(
-                    f"rollout.engine: vLLM cannot run this model: {_one_line(problem)}"
-                ) from problem
 
     def _take_up(self, policy: LanguagePolicy) -> None:
         """Give it the policy's present weights, unless it has them."""
         now = checksum(policy.network)
         if now == self._held:
             return
-        with self._clock.timed("engine/weights_seconds"):
+        with self._clock.timed("engine/weights_seconds"), _one_lined():
             weights = exported_weights(policy.network)
             self._held = None
             self._engine.collective_rpc(
@@ -439,6 +442,17 @@ def _leave_groups() -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _one_lined() -> Iterator[None]:
+    """What vLLM raises in the midst of its own code, in one line that the user can act on."""
+    try:
+        yield
+    except (ValueError, RuntimeError, NotImplementedError, AssertionError) as problem:
+        raise PostgradError(
+            f"rollout.engine: vLLM cannot run this model: {_one_line(problem)}"
+        ) from problem
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from postgrad import timing
+from postgrad import processes, timing
 from postgrad.batch import Batch
 from postgrad.config import LoopSettings
 from postgrad.errors import NonFinite, PostgradError
@@ -56,11 +56,13 @@ class Loop:
         self.step = 0
         self.rows: dict[str, int] = {}
         self.optimise = Optimisers(method.modules(), settings, method.place.device, method.rates())
-        self._profiler = Profiler(folder.path, method.place.device) if settings.profile else None
+        profiled = settings.profile and processes.first()
+        self._profiler = Profiler(folder.path, method.place.device) if profiled else None
         self._stop = EarlyStop(settings)
         self._evaluation: Metrics = {}
         self._evaluated: int | None = None  # the step of the last evaluation
-        self._stop_asked = False
+        self._stop_asked = False  # of this process, at any moment
+        self._stopping = False  # of all processes, between steps
         self._passed_over = 0  # steps in a row
 
     def restore(self) -> None:
@@ -87,12 +89,12 @@ class Loop:
         if self._profiler:
             for line in self._profiler.lines():
                 self.watcher.say(line)
-        return Finished(self.step, self._evaluation, self._stop_asked)
+        return Finished(self.step, self._evaluation, self._stopping)
 
     def _train(self) -> None:
         if self._evaluated is None:
             self._evaluate()
-        while self.step < self.settings.steps and not self._stop_asked:
+        while self.step < self.settings.steps and not self._to_stop():
             self._one_step()
             if self._due(self.settings.evaluate_every) and self._stop.reached(self._evaluate()):
                 self.watcher.say(
@@ -102,9 +104,13 @@ class Loop:
                 break
             if self._due(self.settings.save_every):
                 self.save()
-        if not self._stop_asked and self._evaluated != self.step:
+        if not self._stopping and self._evaluated != self.step:
             self._evaluate()
         self.save()
+
+    def _to_stop(self) -> bool:
+        self._stopping = processes.any_of(self._stop_asked)
+        return self._stopping
 
     def _one_step(self) -> None:
         if self._profiler:
@@ -193,21 +199,18 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint of the present step."""
         with self._between_steps("checkpoint"):
-            save_checkpoint(
-                self.folder.path / "checkpoints",
-                self.step,
-                {
-                    "modules": {n: module_state(m) for n, m in self.method.modules().items()},
-                    "optimisers": self.optimise.state_dict(),
-                    "method": self.method.state_dict(),
-                    "early_stop": self._stop.state_dict(),
-                    "evaluation": self._evaluation,
-                    "evaluated": self._evaluated,
-                    "rows": self.folder.rows,
-                    "random": random_states(),
-                },
-                self.settings.keep_checkpoints,
-            )
+            state = {
+                "modules": {n: module_state(m) for n, m in self.method.modules().items()},
+                "optimisers": self.optimise.state_dict(),
+                "method": self.method.state_dict(),
+                "early_stop": self._stop.state_dict(),
+                "evaluation": self._evaluation,
+                "evaluated": self._evaluated,
+                "rows": self.folder.rows,
+                "random": random_states(),
+            }
+            where, keep = self.folder.path / "checkpoints", self.settings.keep_checkpoints
+            processes.agreed(lambda: save_checkpoint(where, self.step, state, keep))
 
     @contextmanager
     def _keeping_what_was_learnt(self) -> Iterator[None]:
@@ -290,9 +293,10 @@ class EarlyStop:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first NVIDIA GPU where there is one, otherwise the CPU."""
+    """`auto` is an NVIDIA GPU where there is one, each process's own, otherwise the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = torch.device("cuda", processes.local_rank())
+        return own if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

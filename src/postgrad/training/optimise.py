@@ -2,12 +2,13 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
+from postgrad import processes
 from postgrad.batch import Batch
 from postgrad.config import LoopSettings
 from postgrad.errors import NonFinite, PostgradError
@@ -101,9 +102,36 @@ class Optimisers:
         name = module or self._first
         optimiser = self._optimisers[name]
         optimiser.zero_grad(set_to_none=True)
-        total = 0.0
+        parts = self._parts(batch)
+        # a loss that needs the whole batch at once is computed by every process
+        divided = processes.dividing() and len(parts) > 1
+        own = parts[processes.rank() :: processes.count()] if divided else parts
+        shares = processes.gathered(lambda: self._backward(loss, own, len(batch)))
         metrics: Metrics = {}
-        for part in batch.split(self._settings.token_budget):
+        for share in shares if divided else shares[:1]:
+            for key, number in share.items():
+                metrics[key] = metrics.get(key, 0.0) + number
+        if divided:
+            with timed("exchange"):
+                processes.sum_gradients(self._parameters[name])
+        with timed("optimiser"):
+            norm = self._clip(name, batch)
+            optimiser.step()
+        self.tokens += batch.tokens
+        return {**metrics, "gradient_norm": norm, "learning_rate": self._rate}
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Micro-batches within the token budget, and if they can be one for each process."""
+        budget = self._settings.token_budget
+        if "cost" in batch and processes.dividing():
+            share = math.ceil(float(torch.as_tensor(batch.cost).sum()) / processes.count())
+            budget = min(share, budget or share)
+        return list(batch.split(budget))
+
+    def _backward(self, loss: LossFunction, parts: Sequence[Batch], items: int) -> Metrics:
+        """Add the gradients of `parts` of a batch of so many `items`; their loss and metrics."""
+        metrics: Metrics = {"loss": 0.0}
+        for part in parts:
             with timed("loss"):
                 with autocast(self._settings.precision, self._device):
                     value, part_metrics = loss(part)
@@ -111,15 +139,11 @@ class Optimisers:
                     raise NonFinite(f"the loss is {value.item()}", part.fields())
             with timed("backward"):
                 value.backward()
-            total += value.item()
-            share = len(part) / len(batch)
+            metrics["loss"] += value.item()
+            share = len(part) / items
             for key, number in part_metrics.items():
                 metrics[key] = metrics.get(key, 0.0) + share * float(number)
-        with timed("optimiser"):
-            norm = self._clip(name, batch)
-            optimiser.step()
-        self.tokens += batch.tokens
-        return {"loss": total, **metrics, "gradient_norm": norm, "learning_rate": self._rate}
+        return metrics
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of losses, for what a method computes between steps."""

@@ -108,6 +108,24 @@ class RunFolder:
             track(None, {})
 
 
+class NoFolder(RunFolder):
+    """What a process writes that is not the first of several: nothing."""
+
+    def create(self, config: dict[str, Any], run: dict[str, Any]) -> None:
+        pass
+
+    def open(
+        self, config: dict[str, Any], step: int = 0, rows: dict[str, int] | None = None
+    ) -> None:
+        pass
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        pass
+
+
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Literal
 
+from postgrad import processes
 from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
@@ -89,6 +90,11 @@ def attach_engine(
             "rollout.workers: a vLLM server draws by itself: expected 0 with "
             f"rollout.engine=vllm-server, got {rollout.workers}"
         )
+    if rollout.workers and processes.count() > 1:
+        raise PostgradError(
+            f"rollout.workers: they serve one training process, and there are {processes.count()}: "
+            f"expected 0, got {rollout.workers}"
+        )
     engine = cluster_engine(policy, rollout, place) or made_engine(rollout, place)
     if engine is None:
         return
@@ -129,6 +135,11 @@ def cluster_engine(
 
 def made_engine(rollout: EngineSettings, place: Place) -> Engine | None:
     """The engine, or None where the policy draws for itself."""
+    if rollout.engine != "own" and processes.count() > 1:
+        raise PostgradError(
+            f"rollout.engine: {rollout.engine!r} serves one training process, and there are "
+            f"{processes.count()}: expected own"
+        )
     if rollout.engine == "vllm":
         return VLLMEngine(rollout.cache_gib)
     if rollout.engine == "vllm-server":

@@ -1,0 +1,70 @@
+"""Starting a command in several processes, on this machine or as one of several machines."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from postgrad.config import LoopSettings, validated
+from postgrad.errors import PostgradError
+
+_KEYS = ("processes", "nodes", "rendezvous")
+_NAME = "postgrad"
+INTERRUPTED = 130  # a run that was stopped and can go on
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes on how many machines, and where they meet (`host:port`)."""
+
+    processes: int = 1
+    nodes: int = 1
+    rendezvous: str | None = None
+
+    @property
+    def several(self) -> bool:
+        return self.processes * self.nodes > 1
+
+
+def layout(settings: Mapping[str, Any]) -> Layout:
+    """What settings say of processes; the rest of them is not looked at."""
+    loop = validated(LoopSettings, {key: settings[key] for key in _KEYS if key in settings})
+    if loop.nodes > 1 and (loop.rendezvous or "").count(":") != 1:
+        raise PostgradError(
+            "rendezvous: with nodes above 1, expected host:port of the first machine, the same on "
+            f"all of them, got {loop.rendezvous!r}"
+        )
+    return Layout(loop.processes, loop.nodes, loop.rendezvous)
+
+
+def launch(wanted: Layout, arguments: Sequence[str]) -> int:
+    """Run `postgrad` with `arguments` in as many processes; the exit code of what went wrong, or 0.
+
+    Torch's own launcher starts and watches them: if one ends with an error, so do all. Ctrl-C and
+    SIGTERM are passed on to them.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // wanted.processes)))
+    config = LaunchConfig(
+        min_nodes=wanted.nodes,
+        max_nodes=wanted.nodes,
+        nproc_per_node=wanted.processes,
+        run_id=_NAME,
+        rdzv_backend="c10d",
+        rdzv_endpoint=wanted.rendezvous or "localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "postgrad", *arguments)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return max(codes, default=1) if min(codes, default=1) > 0 else 1
+    except SignalException:
+        return INTERRUPTED
+    return 0

@@ -1,0 +1,280 @@
+"""Several processes take the steps that one takes: same losses, samples, weights, faults."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from language_runs import SMALL, untimed, write_rows
+from postgrad import processes
+from postgrad.api import resume, train
+from postgrad.errors import PostgradError
+from postgrad.launch import layout
+
+SUMS = {**SMALL, "data": "addition", "batch_size": 4, "steps": 3, "save_every": 1}
+ROLLOUT = {"samples": 4, "max_new_tokens": 8}
+
+
+def a_process(rank, world, folder, work, arguments):
+    """One of several processes that run `work(*arguments)` after finding each other."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": (folder / "port").read_text(),
+    }
+    torch.set_num_threads(1)
+    try:
+        work(*arguments)
+    except PostgradError as error:
+        (folder / f"error-{rank}").write_text(str(error))
+
+
+def together(world, folder, work, *arguments):
+    """Run `work` in so many processes; the errors by process that users would have seen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    del store
+    (folder / "port").write_text(str(port))
+    started = multiprocessing.start_processes(
+        a_process, (world, folder, work, arguments), world, join=False, start_method="fork"
+    )
+    while not started.join(timeout=100):
+        pass
+    return {p.name: p.read_text() for p in sorted(folder.glob("error-*"))}
+
+
+def lengths(completions):
+    """A reward that differs within groups."""
+    return [len(text) / 10 for text in completions]
+
+
+def trained(slug, output, settings):
+    train(slug, output=output, **settings)
+
+
+def resumed(output, settings):
+    resume(output, allow_changes=True, **settings)
+
+
+def rewarded(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text("def lengths(completions):\n    return [len(t) / 10 for t in completions]\n")
+    return f"{path}:lengths"
+
+
+def steps(run):
+    """The metrics of a run; but means over micro-batches depend on how a batch was cut."""
+    exact = ("loss", "gradient_norm", "reward", "advantage", "response", "evaluation", "length")
+    return [
+        {k: v for k, v in row.items() if k.startswith(exact)}
+        for row in untimed(run)
+        if "loss" in row
+    ]
+
+
+def assert_close_runs(one, other):
+    first, second = steps(one), steps(other)
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    one, other = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    for name, weights in one.items():
+        torch.testing.assert_close(weights, other[name], rtol=1e-4, atol=1e-4)
+
+
+LISTS = [
+    {"prompt": f"say {i}", "responses": [f"yes {i}", "no", "maybe so"], "scores": [2.0, 0.5, 0.0]}
+    for i in range(8)
+]
+PAIRS = [{"prompt": f"say {i}", "chosen": f"yes {'very ' * i}", "rejected": "no"} for i in range(8)]
+ANSWERS = [{"prompt": f"say {i}", "completion": "yes " * (i + 1)} for i in range(8)]
+TRIPLES = [
+    {"anchor": f"find {a}", "positive": f"def {b}(): {a}", "negative": f"def {c}()"}
+    for a, b, c in zip("bcdfghjk", "rmvnsptq", "mrnvpsqt", strict=True)
+]
+
+
+CASES = {
+    "grpo": {"rollout": ROLLOUT, "kl_coefficient": 0.1, "entropy_coefficient": 0.01},
+    # normalised over the whole batch, in several optimiser steps
+    "policy-gradient": {
+        "rollout": ROLLOUT,
+        "advantage": {"name": "batch"},
+        "epochs": 2,
+        "minibatches": 2,
+        "mask": "ppo",
+        "kl_coefficient": 0.1,
+    },
+    "ppo-language": {"rollout": {"max_new_tokens": 8}, "critic_rate": 1.0},
+}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("slug", CASES)
+def test_a_policy_gradient_is_the_same_on_any_number_of_processes(tmp_path, slug, world):
+    settings = {**SUMS, **CASES[slug], "reward": rewarded(tmp_path)}
+    trained(slug, tmp_path / "alone", settings)
+    assert not together(world, tmp_path / "share", trained, slug, tmp_path / "several", settings)
+    assert json.loads((tmp_path / "several" / "run.json").read_text())["processes"] == world
+    assert any(abs(row["loss"]) > 1e-3 for row in steps(tmp_path / "alone"))
+    assert_close_runs(tmp_path / "alone", tmp_path / "several")
+
+
+@pytest.mark.parametrize(
+    ("slug", "rows", "more"),
+    [
+        ("sft", ANSWERS, {}),
+        ("dpo", PAIRS, {}),
+        ("lipo", LISTS, {}),
+        # its hard negatives come from the whole batch
+        ("grace", TRIPLES, {"rollout": ROLLOUT, "instruction": "Say:"}),
+    ],
+)
+def test_methods_on_data_are_the_same_on_two_processes(tmp_path, slug, rows, more):
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = {**SMALL, "data": data, "batch_size": 4, "steps": 3, **more}
+    trained(slug, tmp_path / "alone", settings)
+    assert not together(2, tmp_path / "share", trained, slug, tmp_path / "several", settings)
+    assert_close_runs(tmp_path / "alone", tmp_path / "several")
+
+
+def test_a_loss_over_the_whole_batch_is_computed_by_all(tmp_path):
+    rows = [{"anchor": f"the {i} of things", "positive": f"def {i}(x)"} for i in range(8)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    settings = {"data": data, "batch_size": 4, "steps": 2, "log": [], "report": False}
+    trained("simclr", tmp_path / "alone", settings)
+    assert not together(2, tmp_path / "share", trained, "simclr", tmp_path / "several", settings)
+    for a, b in zip(steps(tmp_path / "alone"), steps(tmp_path / "several"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    settings = {**SUMS, "rollout": ROLLOUT, "reward": rewarded(tmp_path)}
+    trained("grpo", tmp_path / "alone", {**settings, "steps": 4})
+    assert not together(
+        4, tmp_path / "one", trained, "grpo", tmp_path / "parts", settings | {"steps": 2}
+    )
+    assert not together(2, tmp_path / "two", resumed, tmp_path / "parts", {"steps": 3})
+    resumed(tmp_path / "parts", {"steps": 4})
+    assert_close_runs(tmp_path / "alone", tmp_path / "parts")
+
+
+def once(folder):
+    """Divided and agreed work, done as often as it should be."""
+    with processes.joined():
+        found = processes.divided(range(5), lambda share: [(i, processes.rank()) for i in share])
+        assert [i for i, _ in found] == list(range(5))
+        assert [rank for _, rank in found] == [0, 1, 1, 2, 2] or processes.count() != 3
+        calls = []
+        assert processes.agreed(lambda: calls.append(1) or processes.rank()) == 0
+        assert len(calls) == (1 if processes.first() else 0)
+        assert processes.any_of(processes.rank() == 2)
+        assert not processes.any_of(False)
+        parameter = torch.nn.Parameter(torch.zeros(3))
+        idle = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        if processes.rank():
+            parameter.grad = torch.full((3,), float(processes.rank()))
+        processes.sum_gradients([parameter, idle])
+        assert parameter.grad.tolist() == [3.0] * 3
+        assert idle.grad.tolist() == [0.0] * 2
+        (folder / f"done-{processes.rank()}").touch()
+
+
+def test_shares_are_even_and_what_must_be_done_once_is(tmp_path):
+    assert not together(3, tmp_path, once, tmp_path)
+    assert len(list(tmp_path.glob("done-*"))) == 3
+
+
+def mistaken():
+    def compute(share):
+        if 3 in share:
+            raise PostgradError("row 3 is odd")
+        return list(share)
+
+    with processes.joined():
+        processes.divided(range(4), compute)
+
+
+def test_a_mistake_that_one_finds_stops_all(tmp_path):
+    errors = together(2, tmp_path, mistaken)
+    assert errors == {"error-0": "process 1: row 3 is odd", "error-1": "row 3 is odd"}
+
+
+def test_a_wrong_reward_stops_all_with_the_same_line(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text(
+        "def lengths(completions, answer):\n    return [1.0 / (16 - len(answer))] * len(answer)\n"
+    )
+    settings = {**SUMS, "rollout": ROLLOUT, "reward": f"{path}:lengths"}
+    errors = together(2, tmp_path / "share", trained, "grpo", tmp_path / "run", settings)
+    assert set(errors) == {"error-0", "error-1"}
+    assert all("ZeroDivisionError" in error for error in errors.values())
+
+
+def command(*words, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "postgrad", *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        **more,
+    )
+
+
+def test_the_command_starts_them_and_says_things_once(tmp_path):
+    settings = ["batch_size=2", "steps=2", "log=[]", "report=false", "model=tiny", "data=addition"]
+    done = command("train", "grpo", *settings, "processes=2", f"output={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder:") == 1
+    assert len(untimed(tmp_path / "run")) == 4
+    wrong = command("train", "grpo", *settings, "processes=2", f"output={tmp_path / 'run'}")
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("already holds a run") == 1
+    assert "Traceback" not in wrong.stderr
+
+
+def test_sigterm_saves_once_and_the_run_goes_on(tmp_path):
+    settings = ["batch_size=2", "steps=100000", "log=[]", "report=false", "model=tiny"]
+    run = tmp_path / "run"
+    words = ["train", "grpo", "data=addition", *settings, "processes=2", f"output={run}"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "postgrad", *words], stderr=subprocess.PIPE, text=True
+    )
+    for line in started.stderr:
+        if re.match("step 2/", line):
+            break
+    started.send_signal(signal.SIGTERM)
+    _, errors = started.communicate(timeout=100)
+    assert started.returncode == 130
+    assert "Traceback" not in errors
+    saved = sorted((run / "checkpoints").glob("step-*"))
+    assert len(saved) == 1
+    step = int(saved[0].name.removeprefix("step-"))
+    assert step >= 2
+    done = command("train", "--resume", str(run), "--allow-changes", f"steps={step + 1}")
+    assert done.returncode == 0, done.stderr
+    assert untimed(run)[-1]["step"] == step + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nodes": 2}, "rendezvous: with nodes above 1, expected host:port"),
+        ({"nodes": 2, "rendezvous": "here"}, "got 'here'"),
+        ({"processes": 0}, "processes: "),
+        ({"processes": "many"}, "processes: "),
+    ],
+)
+def test_a_wrong_layout_is_named(settings, message):
+    with pytest.raises(PostgradError, match=message):
+        layout(settings)
