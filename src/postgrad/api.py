@@ -32,7 +32,7 @@ from postgrad.training.record import RUN, NoFolder, RunFolder, Sources, is_run, 
 # keys that may change from one part of a run to the next: results do not depend on them
 _FREE = (
     "output:", "profile:", "notice:", "processes:", "nodes:", "rendezvous:", "shard:", "log:",
-    "prometheus_",
+    "prometheus_", "rollout.workers:", "rollout.address:", "rollout.worker_patience:",
 )  # fmt: skip
 
 
@@ -139,7 +139,11 @@ def _built(slug: str, loop: LoopSettings, own: Settings, objects: dict[str, Any]
         keep_freed_memory()
     seed_everything(loop.seed)
     method = build(slug, own, Place(loop.seed, device, loop.steps), objects)
-    method.check()
+    try:
+        method.check()
+    except BaseException:
+        method.close()
+        raise
     seed_everything(loop.seed)
     return method
 

@@ -148,5 +148,20 @@ class Method(ABC):
     def save(self, folder: Path) -> None:
         """Write the final model into `folder`, in the format its users expect."""
 
+    def engines(self) -> list[Any]:
+        """What draws in its networks' place (`sampling.engines.Engine`), where anything does."""
+        found = [getattr(module, "engine", None) for module in self.modules().values()]
+        return [engine for engine in found if engine is not None]
+
+    def engine_metrics(self) -> Metrics:
+        """What is worth watching of the engines since the last call."""
+        return {name: value for one in self.engines() for name, value in one.metrics().items()}
+
     def close(self) -> None:
         """Let go of what it holds besides memory: other processes, connections, files."""
+        module: Any
+        for module in self.modules().values():
+            engine = getattr(module, "engine", None)
+            if engine is not None:
+                engine.close()
+                module.engine = None

@@ -251,6 +251,13 @@ class LanguagePolicy(TextNetwork):
             self._rounded = (rounded,)
         yield rounded
 
+    def portable(self) -> tuple[nn.Module, Any]:
+        """Network, in CPU memory, and tokenizer, for another process to make a policy of."""
+        copied = _sharing_copy(self.network, "cpu")
+        for module in copied.modules():
+            vars(module).pop("forward", None)  # the other policy finds out for itself
+        return copied, self.tokenizer
+
     def save(self, folder: str | Any) -> None:
         """Write configuration, weights (safetensors), tokenizer and generation settings.
 
@@ -275,10 +282,18 @@ def _has_float_matrices(network: nn.Module) -> bool:
     return any(layer.weight.dtype == torch.float32 for _, layer in linear_layers(network))
 
 
-def _sharing_copy(network: nn.Module) -> nn.Module:
-    """A copy of the module tree around the same tensors."""
+def _sharing_copy(network: nn.Module, device: str | None = None) -> nn.Module:
+    """A copy of the module tree around the same tensors, where they lie on that device already."""
     tensors = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    moved = {id(tensor): tensor if device is None else _at(tensor, device) for tensor in tensors}
+    return copy.deepcopy(network, moved)
+
+
+def _at(tensor: Tensor, device: str) -> Tensor:
+    there = tensor.detach().to(device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(there, requires_grad=tensor.requires_grad)
+    return there
 
 
 def _packed_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:

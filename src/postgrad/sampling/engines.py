@@ -26,6 +26,36 @@ class Drawn:
     finished: bool
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """N responses to be drawn.
+
+    Attributes:
+        prompts: token ids `[P]`; equal ones follow each other.
+        settings: temperature, restrictions and stop strings.
+        seeds: one for each response.
+        limits: the most tokens of each response.
+    """
+
+    prompts: list[Tensor]
+    settings: SamplingSettings
+    seeds: list[int]
+    limits: list[int]
+
+    def part(self, start: int, stop: int) -> "Wanted":
+        """Responses from `start` to before `stop`."""
+        return self.chosen(range(start, stop))
+
+    def chosen(self, places: Sequence[int]) -> "Wanted":
+        """The responses at these places, in this order."""
+        return Wanted(
+            [self.prompts[i] for i in places],
+            self.settings,
+            [self.seeds[i] for i in places],
+            [self.limits[i] for i in places],
+        )
+
+
 class Engine(Protocol):
     """Draws responses elsewhere: on other processes and machines, or by another program.
 

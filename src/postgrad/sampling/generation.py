@@ -11,7 +11,7 @@ from postgrad.errors import PostgradError
 from postgrad.models.policy import LanguagePolicy
 from postgrad.models.scoring import distinct
 from postgrad.sampling.drawing import SamplingSettings, draw, uniform_stream
-from postgrad.sampling.engines import Drawn
+from postgrad.sampling.engines import Drawn, Wanted
 from postgrad.sampling.mixture import ActionMask, decoding
 
 __all__ = ["Rollouts", "SamplingSettings", "generate"]
@@ -69,6 +69,30 @@ def generate(
     Raises:
         PostgradError: a prompt is empty or leaves no room in the model's context.
     """
+    asked = wanted(policy, prompts, settings, samples=samples, seeds=seeds, limits=limits)
+    engine = policy.engine
+    if engine is not None and mixture == 0 and mask is None and not policy.is_reference:
+        drawn = engine.draw(policy, asked.prompts, settings, asked.seeds, asked.limits)
+    else:
+
+        def draw_share(share: Sequence[int]) -> list[Drawn]:
+            return draw_here(policy, asked.chosen(share), mixture, mask)
+
+        with policy.whole():
+            drawn = processes.divided(range(len(asked.prompts)), draw_share)
+    return rollouts_of(policy, asked, drawn)
+
+
+def wanted(
+    policy: LanguagePolicy,
+    prompts: Sequence[Tensor],
+    settings: SamplingSettings,
+    *,
+    samples: int | Sequence[int],
+    seeds: Tensor | Sequence[int],
+    limits: Sequence[int] | None = None,
+) -> Wanted:
+    """What `generate` is to draw, checked: every response with its prompt, seed and limit."""
     counts = [samples] * len(prompts) if isinstance(samples, int) else list(samples)
     if len(counts) != len(prompts) or min(counts, default=0) < 1:
         raise ValueError(f"samples must be at least 1 for each of {len(prompts)} prompts: {counts}")
@@ -79,26 +103,19 @@ def generate(
     ]
     if len(seeds) != len(repeated):
         raise ValueError(f"{len(repeated)} samples need as many seeds, got {len(seeds)}")
-    rooms = torch.tensor([_limit(policy, prompt, settings) for prompt in repeated])
+    rooms = [_limit(policy, prompt, settings) for prompt in repeated]
     if limits is not None:
         if len(limits) != len(repeated) or min(limits) < 1:
             raise ValueError(f"limits must be at least 1 for each of {len(repeated)} samples")
-        rooms = rooms.minimum(torch.tensor(limits))
-    engine = policy.engine
-    if engine is not None and mixture == 0 and mask is None and not policy.is_reference:
-        wanted = [int(seed) for seed in seeds]
-        drawn = engine.draw(policy, repeated, settings, wanted, rooms.tolist())
-    else:
+        rooms = [min(pair) for pair in zip(rooms, limits, strict=True)]
+    return Wanted(repeated, settings, [int(seed) for seed in seeds], rooms)
 
-        def draw_share(share: Sequence[int]) -> list[Drawn]:
-            some, own = [repeated[i] for i in share], [int(seeds[i]) for i in share]
-            return _drawn_here(policy, some, settings, own, rooms[list(share)], mixture, mask)
 
-        with policy.whole():
-            drawn = processes.divided(range(len(repeated)), draw_share)
+def rollouts_of(policy: LanguagePolicy, asked: Wanted, drawn: Sequence[Drawn]) -> Rollouts:
+    """The responses to what was asked for, on the policy's device and with their texts."""
     responses = [one.tokens.to(policy.device) for one in drawn]
     return Rollouts(
-        prompts=repeated,
+        prompts=asked.prompts,
         responses=responses,
         logprobs=[one.logprobs.to(policy.device) for one in drawn],
         finished=torch.tensor([one.finished for one in drawn], dtype=torch.bool),
@@ -106,18 +123,14 @@ def generate(
     )
 
 
-def _drawn_here(
-    policy: LanguagePolicy,
-    repeated: list[Tensor],
-    settings: SamplingSettings,
-    seeds: Sequence[int],
-    rooms: Tensor,
-    mixture: float,
-    mask: ActionMask | None,
+@torch.no_grad()
+def draw_here(
+    policy: LanguagePolicy, asked: Wanted, mixture: float = 0.0, mask: ActionMask | None = None
 ) -> list[Drawn]:
     """What an engine would draw, by the policy in this process."""
+    repeated, settings, rooms = asked.prompts, asked.settings, torch.tensor(asked.limits)
     longest = int(rooms.max())
-    uniforms = torch.stack([uniform_stream(seed, longest) for seed in seeds])
+    uniforms = torch.stack([uniform_stream(seed, longest) for seed in asked.seeds])
 
     tokens = torch.zeros(len(repeated), longest, dtype=torch.long)
     logprobs = torch.zeros(len(repeated), longest)

@@ -186,6 +186,7 @@ class Loop:
         try:
             with timed("update"):
                 metrics |= self.method.update(batch, self.optimise)
+            metrics |= self.method.engine_metrics()
             self._require_finite(metrics, batch)
         except NonFinite as error:
             error.samples = error.samples or self.method.samples(batch)

@@ -12,6 +12,7 @@ from postgrad.config import Settings, setting
 from postgrad.errors import PostgradError
 from postgrad.methods.base import Place
 from postgrad.methods.data import DataSettings, find_data, find_held_out
+from postgrad.methods.language.engines import EngineSettings, attach_engine
 from postgrad.models.adapters import LoraSettings
 from postgrad.models.language import LanguagePolicy, load_policy
 from postgrad.models.text_network import TextNetwork
@@ -23,7 +24,7 @@ from postgrad.tasks import Examples
 from postgrad.timing import timed
 
 
-class RolloutSettings(Settings):
+class RolloutSettings(EngineSettings):
     """How the policy is sampled."""
 
     samples: int = setting(8, "completions a prompt (the group)", gt=0)
@@ -104,12 +105,16 @@ def find_materials(
     given: Given,
     *,
     held_out_formats: str | tuple[str, ...] | None = None,
+    corrected: bool = False,
 ) -> Materials:
-    """The data in (one of) the formats and the policy that `config` names, or those `given`."""
+    """The data in (one of) the formats and the policy that `config` names, or those `given`.
+
+    `corrected` says that what is learnt from an engine's samples is right (see `attach_engine`).
+    """
     data, held_out, order = find_examples(
         config, place, formats, given, held_out_formats=held_out_formats
     )
-    policy = given["model"] if "model" in given else named_policy(config, place)
+    policy = find_policy(config, place, given, corrected=corrected)
     return Materials(policy, data, held_out, order)
 
 
@@ -135,6 +140,22 @@ def find_examples(
         held_out.first(config.eval_size) if held_out is not None else None,
         Epochs(len(data), config.batch_size, place.seed),
     )
+
+
+def find_policy(
+    config: LanguageSettings,
+    place: Place,
+    given: Given,
+    *,
+    corrected: bool = False,
+    ahead: bool = False,
+) -> LanguagePolicy:
+    """The policy that `config` names, or the one given, with the engine that draws for it."""
+    policy = given["model"] if "model" in given else named_policy(config, place)
+    rollout = getattr(config, "rollout", None)  # methods that do not sample have none
+    if rollout is not None:
+        attach_engine(policy, rollout, place, corrected=corrected, ahead=ahead)
+    return policy
 
 
 def named_policy(config: LanguageSettings, place: Place) -> LanguagePolicy:
@@ -202,11 +223,7 @@ def draw_responses(
     of the reference policy in what is drawn from, `mask` what may be drawn (see `generate`).
     """
     samples = samples or rollout.samples
-    seeds = [
-        derive(seed, *stream, prompt, sample)
-        for prompt in range(len(prompts))
-        for sample in range(samples)
-    ]
+    seeds = response_seeds(seed, len(prompts), samples, *stream)
     with timed("rollout"), torch.no_grad():
         return generate(
             policy,
@@ -217,6 +234,15 @@ def draw_responses(
             mixture=mixture,
             mask=mask,
         )
+
+
+def response_seeds(seed: int, prompts: int, samples: int, *stream: str | int) -> list[int]:
+    """A seed for each of `samples` responses to each prompt."""
+    return [
+        derive(seed, *stream, prompt, sample)
+        for prompt in range(prompts)
+        for sample in range(samples)
+    ]
 
 
 def require_minibatches(minibatches: int, batch_size: int) -> None:

@@ -161,7 +161,7 @@ class OnlinePreference(Method):
         super().__init__(config, place)
         require_samples(config.rollout, self.least_samples)
         require_minibatches(config.minibatches, config.batch_size)
-        found = find_materials(config, place, "prompts", given)
+        found = find_materials(config, place, "prompts", given, corrected=True)
         self.policy, self.data, self.order = found.policy, found.data, found.order
         self.preference = find_preference(config, place, found.data, preference, reward)
         room = config.rollout.max_new_tokens

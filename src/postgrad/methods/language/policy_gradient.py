@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,13 @@ from postgrad.methods.language.base import (
     RolloutSettings,
     draw_responses,
     find_examples,
-    named_policy,
+    find_policy,
     prompt_minibatches,
     require_minibatches,
 )
+from postgrad.methods.language.correction import EngineCorrection
 from postgrad.methods.language.parts.base import Around
-from postgrad.methods.language.parts.estimator import Estimator, EstimatorSettings
+from postgrad.methods.language.parts.estimator import Estimator, EstimatorSettings, written
 from postgrad.methods.language.rollouts import describe_rollouts, rollout_rows
 from postgrad.models.scoring import TokenScores
 from postgrad.objectives.policy_gradient import Aggregation, aggregate, kl_estimate
@@ -61,6 +62,8 @@ class SampledPolicyGradient(Method):
     log-probabilities are scored once, before the first.
     """
 
+    draws_ahead: ClassVar[bool] = False  # whether responses may be of older weights, drawn ahead
+    corrected: ClassVar[bool] = True  # for what an engine's probabilities differ by
     config: PolicyGradientSettings
 
     def __init__(
@@ -91,7 +94,10 @@ class SampledPolicyGradient(Method):
                 rows=self.data.rows,
             ),
         )
-        self.policy = given["model"] if "model" in given else named_policy(config, place)
+        self.policy = find_policy(
+            config, place, given, corrected=self.corrected, ahead=self.draws_ahead
+        )
+        self.correction = EngineCorrection(self.policy, config.rollout)
         self.materials = Materials(self.policy, self.data, self.held_out, self.order)
         if config.kl_coefficient > 0 and config.kl_reference == "initial":
             self.policy.freeze_reference()
@@ -164,6 +170,9 @@ class SampledPolicyGradient(Method):
         bonus = self.config.entropy_coefficient
         scores = self._score(batch, entropy=bonus > 0)
         per_token, metrics = self.token_losses(batch, scores)
+        if self.correction.needed:
+            old = self.estimator.old_logprobs(batch, scores)
+            per_token = per_token * self.correction.weights(batch, old, self.drawn(batch, scores))
         if self.config.kl_coefficient > 0:
             divergence = self.divergence(batch, scores)
             scale = self.config.kl_coefficient
@@ -179,6 +188,10 @@ class SampledPolicyGradient(Method):
     def token_losses(self, batch: Batch, scores: TokenScores) -> tuple[Tensor, Metrics]:
         """The estimator's loss of each token `[N, T]`, and metrics."""
         return self.estimator.token_losses(batch, scores)
+
+    def drawn(self, batch: Batch, scores: TokenScores) -> Tensor:
+        """Which tokens `[N, T]` were drawn after the very prompt that they are learnt with."""
+        return written(batch, scores)
 
     def divergence(self, batch: Batch, scores: TokenScores) -> Tensor:
         """The KL of each token `[N, T]`, as an estimate by the sampled one."""
@@ -217,6 +230,9 @@ class SampledPolicyGradient(Method):
             temperature=self.config.rollout.temperature,
             entropy=entropy,
         )
+
+    def engine_metrics(self) -> Metrics:
+        return {**super().engine_metrics(), **self.correction.metrics()}
 
     def describe_batch(self, batch: Batch) -> Metrics:
         return {**describe_rollouts(batch), **self.estimator.describe()}

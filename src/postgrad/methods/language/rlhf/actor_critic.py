@@ -25,6 +25,7 @@ from postgrad.methods.language.base import (
     require_minibatches,
 )
 from postgrad.methods.language.comparisons import SCORING_TOKENS
+from postgrad.methods.language.correction import EngineCorrection
 from postgrad.methods.language.critics import find_critic, require_readable
 from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
@@ -133,8 +134,16 @@ class ActorCritic(Method):
     ):
         super().__init__(config, place)
         require_minibatches(config.minibatches, config.batch_size)
-        found = find_materials(config, place, self.data_format, given, held_out_formats="prompts")
+        found = find_materials(
+            config,
+            place,
+            self.data_format,
+            given,
+            held_out_formats="prompts",
+            corrected=True,
+        )
         self.policy, self.data, self.order = found.policy, found.data, found.order
+        self.correction = EngineCorrection(self.policy, config.rollout)
         self.reward = self.find_reward(reward)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
@@ -297,10 +306,16 @@ class ActorCritic(Method):
         advantages = batch.advantages[:, :length].to(new)
         ratio = importance_ratio(new, batch.old_logprobs[:, :length].to(new), mask)
         per_token = clipped_surrogate(ratio, advantages, low, high)
+        if self.correction.needed:
+            old = batch.old_logprobs[:, :length].to(new)
+            per_token = per_token * self.correction.weights(batch, old, mask)
         clipped = clip_fractions(ratio.detach(), advantages, low, high, mask)
         metrics = {f"ratio/{name}": value for name, value in clipped.items()}
         metrics["ratio/mean"] = float(ratio.detach()[mask].mean()) if mask.any() else 1.0
         return self._aggregated(per_token, mask, batch), metrics
+
+    def engine_metrics(self) -> Metrics:
+        return {**super().engine_metrics(), **self.correction.metrics()}
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The critic's: half the squared error to the returns, clipped on the safe side."""

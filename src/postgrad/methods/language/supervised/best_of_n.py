@@ -60,7 +60,7 @@ class BestOfN(Method):
                 "rollout.samples: the best of n needs at least 2 samples a prompt, got "
                 f"{config.rollout.samples}"
             )
-        found = find_materials(config, place, "prompts", given)
+        found = find_materials(config, place, "prompts", given, corrected=True)
         self.policy, self.data, self.order = found.policy, found.data, found.order
         self.reward = TaskReward(config, self.data, reward)
         room = config.rollout.max_new_tokens

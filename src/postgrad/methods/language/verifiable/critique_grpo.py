@@ -184,6 +184,10 @@ class CritiqueGRPO(SolvingPolicyGradient):
         refined = batch.refined.to(scores.mask)[:, None]
         return torch.where(refined, refinements, responses), metrics
 
+    def drawn(self, batch: Batch, scores: TokenScores) -> Tensor:
+        """Refinements were drawn after a critique; their part has a correction of its own."""
+        return super().drawn(batch, scores) & ~batch.refined.to(scores.mask)[:, None]
+
     def describe_batch(self, batch: Batch) -> Metrics:
         refined = batch.refined
         return {

@@ -85,6 +85,7 @@ class DisCO(PolicyGradient):
     """
 
     Config = DisCOSettings
+    corrected = False  # its scores are of whole responses, which have no weights by token
     config: DisCOSettings
     parts = FourParts(
         mask="none: a penalty on the KL to the sampler in its place",

@@ -14,6 +14,7 @@ from postgrad.methods.data import column_texts
 from postgrad.methods.language.base import Given, render_prompts
 from postgrad.methods.language.parts.choices import AdvantageChoice
 from postgrad.methods.language.verifiable.solving import SolvingPolicyGradient, SolvingSettings
+from postgrad.models.scoring import TokenScores
 from postgrad.sampling.difficulty import of_groups, solve_counts
 from postgrad.sampling.hints import HintUnit, make_hint
 from postgrad.tasks.formats import Row, edited, stated_answer
@@ -130,8 +131,14 @@ class GHPO(SolvingPolicyGradient):
         if config.logprob_prompt == "original":
             prompts = [self.prompts[row] for row in batch.row.tolist()]
             lengths = torch.tensor([len(prompt) for prompt in prompts])
-            batch = batch.with_fields(prompts=prompts, shared_cost=lengths)
+            pairs = zip(batch.prompts, prompts, strict=True)
+            as_drawn = torch.tensor([torch.equal(one.cpu(), other.cpu()) for one, other in pairs])
+            batch = batch.with_fields(prompts=prompts, shared_cost=lengths, as_drawn=as_drawn)
         return batch
+
+    def drawn(self, batch: Batch, scores: TokenScores) -> Tensor:
+        mask = super().drawn(batch, scores)
+        return mask & batch.as_drawn.to(mask)[:, None] if "as_drawn" in batch else mask
 
     def _asked(
         self, index: list[int], groups: list[int], ratio: float, stage: int, step: int

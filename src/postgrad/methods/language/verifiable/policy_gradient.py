@@ -11,14 +11,17 @@ from postgrad.config import setting
 from postgrad.errors import PostgradError
 from postgrad.methods.agents.tools import ToolChoice, made_tool
 from postgrad.methods.base import Metrics, Place
-from postgrad.methods.language.base import Given, render_prompts
+from postgrad.methods.language.base import Given, render_prompts, response_seeds
+from postgrad.methods.language.engines import not_ahead
 from postgrad.methods.language.parts.choices import AdvantageChoice
 from postgrad.methods.language.policy_gradient import PolicyGradientSettings, SampledPolicyGradient
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
 from postgrad.methods.language.rollouts import rollout_batch
 from postgrad.models.snapshots import LaggingPolicy
+from postgrad.sampling.ahead import Ahead
 from postgrad.sampling.conversations import converse
-from postgrad.sampling.generation import Rollouts, generate
+from postgrad.sampling.engines import Wanted
+from postgrad.sampling.generation import Rollouts, generate, wanted
 from postgrad.sampling.past import PastSamples
 from postgrad.seeding import derive, generator
 from postgrad.timing import timed
@@ -40,6 +43,17 @@ class RewardedPolicyGradientSettings(RewardedSettings, PolicyGradientSettings):
     replay_steps: int = setting(8, "how many steps back they reach", gt=0)
 
 
+# what a method may not do its own way where responses are drawn ahead, and why
+_NOT_AHEAD = {
+    "choose": "chooses prompts by what it has just learnt",
+    "sampled": "draws again by what it has drawn first",
+    "collect": "makes its batches in a way of its own",
+    "answered": "draws its responses in a way of its own",
+    "responses": "draws its responses in a way of its own",
+    "rewarded": "draws more when it has seen the first responses",
+}
+
+
 class PolicyGradient(SampledPolicyGradient):
     """The unified policy gradient estimator (Lv et al. 2025, arXiv:2509.04419), of any four parts.
 
@@ -54,7 +68,8 @@ class PolicyGradient(SampledPolicyGradient):
     or to the sampler and an entropy bonus can be added, and rollouts can serve several steps
     (`epochs`, `minibatches`), come from an older policy (`sync_every`, `sync_delay`), as where
     sampling and training run side by side, or be joined by those of earlier steps, which keep the
-    probabilities that they were sampled with (`replay`).
+    probabilities that they were sampled with (`replay`). With workers they are drawn ahead
+    (`rollout.stale`): the old log-probabilities are then those that they were sampled with.
 
     A subclass changes which prompts are sampled (`choose`), how (`sampled`), what responses are
     worth (`judge`), or which of them count (`selected`).
@@ -64,6 +79,7 @@ class PolicyGradient(SampledPolicyGradient):
     recipe = {"precision": "auto", "learning_rate": 1e-6, "steps": 100}
     data_format: ClassVar[str | tuple[str, ...]] = "prompts"
     several_turns: ClassVar[bool] = True  # whether responses may have a tool in them
+    draws_ahead = True
     config: RewardedPolicyGradientSettings
 
     def __init__(
@@ -79,6 +95,8 @@ class PolicyGradient(SampledPolicyGradient):
                 f"tool: this method writes responses in one turn: expected none, got "
                 f"{config.tool.name!r}"
             )
+        if config.rollout.stale:
+            self._require_ahead(config)
         super().__init__(config, place, self.data_format, given, held_out_formats="prompts")
         self.reward = TaskReward(config, self.data, reward)
         self.tool = made_tool(config.tool)
@@ -86,6 +104,7 @@ class PolicyGradient(SampledPolicyGradient):
         if config.sync_every > 1 or config.sync_delay > 0:
             self.sampler = LaggingPolicy(self.policy, config.sync_every, config.sync_delay)
         self.past = PastSamples(config.replay_steps) if config.replay else None
+        self.ahead = Ahead(self.policy, self.policy.engine) if config.rollout.stale else None
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         if self.held_out is not None:
@@ -94,13 +113,56 @@ class PolicyGradient(SampledPolicyGradient):
     def check(self) -> None:
         self.reward.probe()
 
+    def _require_ahead(self, config: RewardedPolicyGradientSettings) -> None:
+        """Stop where responses cannot be drawn ahead, or not be learnt from."""
+        rollout = config.rollout
+        if config.tool.name != "none":
+            raise not_ahead(rollout, "has a tool answer between a response's turns")
+        for name, reason in _NOT_AHEAD.items():
+            if getattr(type(self), name) is not getattr(PolicyGradient, name):
+                raise not_ahead(rollout, reason)
+        if config.sync_every > 1 or config.sync_delay > 0:
+            raise PostgradError(
+                "sync_every, sync_delay: with rollout.stale the workers' weights are older "
+                "already: expected 1 and 0"
+            )
+        for name, value, expected in (("top_p", rollout.top_p, 1), ("top_k", rollout.top_k, 0)):
+            if value != expected:
+                raise PostgradError(
+                    f"rollout.{name}: with rollout.stale responses are corrected by the "
+                    f"probabilities that they were sampled with, of all tokens: expected "
+                    f"{expected}, got {value:g}"
+                )
+
     def collect(self, step: int) -> Batch:
+        if self.ahead is not None:
+            self._draw_ahead(self.ahead, step)
         index = self.choose(step)
         with self.sampler.acting(step) if self.sampler is not None else nullcontext():
             batch = self.sampled(index, step)
+            if self.ahead is not None:
+                batch = batch.with_fields(old_logprobs=batch.sampled_logprobs)
             if self.past is not None:
                 batch = self._with_past(batch, self.past)
             return self.learnable(batch)
+
+    def _draw_ahead(self, ahead: Ahead, step: int) -> None:
+        """Have workers draw for this step and `rollout.stale` more, if not yet asked."""
+        ahead.begin(step)
+        while ahead.next <= min(step + self.config.rollout.stale, self.place.steps - 1):
+            ahead.ask(self._wanted(ahead.next), now=step)
+
+    def _wanted(self, step: int) -> Wanted:
+        """What a step draws, where it draws once."""
+        rollout, index = self.config.rollout, self.choose(step)
+        seeds = response_seeds(self.place.seed, len(index), rollout.samples, "rollout", step)
+        return wanted(
+            self.policy,
+            [self.prompts[i] for i in index],
+            rollout.sampling(),
+            samples=rollout.samples,
+            seeds=seeds,
+        )
 
     def _with_past(self, fresh: Batch, past: PastSamples) -> Batch:
         """Fresh responses, and others of earlier steps with the probabilities they had then."""
@@ -115,7 +177,8 @@ class PolicyGradient(SampledPolicyGradient):
     @property
     def stale(self) -> bool:
         config = self.config
-        return config.sync_every > 1 or config.sync_delay > 0 or config.replay > 0
+        lagging = config.sync_every > 1 or config.sync_delay > 0
+        return lagging or config.replay > 0 or config.rollout.stale > 0
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -128,12 +191,19 @@ class PolicyGradient(SampledPolicyGradient):
 
     def sampled(self, index: list[int], step: int) -> Batch:
         """Rewarded responses to the prompts of rows `index`, those of one prompt together."""
-        return self.answered(index, step, "rollout", step)
+        if self.ahead is None:
+            return self.answered(index, step, "rollout", step)
+        with timed("rollout"):
+            rollouts = self.ahead.rollouts(step, self._wanted(step))
+        return self._grouped(rollouts, index, step)
 
     def answered(self, index: list[int], step: int, *stream: str | int) -> Batch:
         """Rewarded responses to the prompts of rows `index`, with the draws of the stream."""
+        return self._grouped(self.responses(index, *stream), index, step)
+
+    def _grouped(self, rollouts: Rollouts, index: list[int], step: int) -> Batch:
+        """Rewarded responses, as many to each prompt of rows `index`."""
         samples = self.config.rollout.samples
-        rollouts = self.responses(index, *stream)
         row = torch.tensor(index).repeat_interleave(samples)
         group = torch.arange(len(index)).repeat_interleave(samples)
         return self.rewarded(rollouts, step, row=row, group=group)
@@ -179,12 +249,14 @@ class PolicyGradient(SampledPolicyGradient):
         return batch
 
     def describe_batch(self, batch: Batch) -> Metrics:
-        replayed = {}
+        more = {}
+        if self.ahead is not None:
+            more["rollout/staleness"] = float(self.ahead.staleness(int(batch.step[0])))
         if self.past is not None:
             now = batch.step[0]
-            replayed["replay/age"] = float((now - batch.step).float().mean())
+            more["replay/age"] = float((now - batch.step).float().mean())
             batch = batch.select((batch.step == now).nonzero().squeeze(1))
-        described = {**super().describe_batch(batch), **replayed}
+        described = {**super().describe_batch(batch), **more}
         if self.config.rollout.samples == 1:
             return described
         groups = [batch.reward[batch.group == group] for group in batch.group.unique()]
@@ -192,7 +264,7 @@ class PolicyGradient(SampledPolicyGradient):
         return {**described, "reward/degenerate_groups": degenerate}
 
     def state_dict(self) -> dict[str, Any]:
-        others = {"sampler": self.sampler, "past": self.past}
+        others = {"sampler": self.sampler, "past": self.past, "ahead": self.ahead}
         kept = {name: other.state_dict() for name, other in others.items() if other is not None}
         return {**super().state_dict(), **kept}
 
@@ -202,6 +274,8 @@ class PolicyGradient(SampledPolicyGradient):
             self.sampler.load_state_dict(state["sampler"])
         if self.past is not None:
             self.past.load_state_dict(state["past"])
+        if self.ahead is not None:
+            self.ahead.load_state_dict(state["ahead"])
 
     def evaluate(self) -> Metrics:
         """Mean reward of greedy completions on held-out prompts."""
