@@ -204,16 +204,16 @@ class VLLMServer:
     def __init__(self, address: str, exchange: str, retries: int = 4, patience: float = 600.0):
         self._address = _checked_address(address)
         self._retries = retries
-        if importlib.util.find_spec("httpx") is None:
-            raise MissingExtra("httpx", "vllm-server")
-        import httpx
+        if importlib.util.find_spec("httpx2") is None:
+            raise MissingExtra("httpx2", "remote")
+        import httpx2
 
         token = os.environ.get(TOKEN)
-        self._client = httpx.Client(
+        self._client = httpx2.Client(
             base_url=self._address,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(patience, connect=5.0),
-            limits=httpx.Limits(max_connections=_AT_ONCE),
+            timeout=httpx2.Timeout(patience, connect=5.0),
+            limits=httpx2.Limits(max_connections=_AT_ONCE),
         )
         try:
             self._context = self._checked_server()
@@ -352,11 +352,11 @@ class VLLMServer:
         return self._answer("POST", path, json=body)
 
     def _answer(self, kind: str, path: str, **request: Any) -> dict[str, Any]:
-        import httpx
+        import httpx2
 
         try:
             response = self._client.request(kind, path, **request)
-        except httpx.TransportError as problem:
+        except httpx2.TransportError as problem:
             raise _Unreachable(_one_line(problem) or type(problem).__name__) from problem
         if response.status_code == 403:
             raise PostgradError(
