@@ -206,6 +206,12 @@ _MODULES: dict[str, dict[str, str]] = {
         "features": "real Cnd",
         "moments": "real d",
     },
+    "objectives.mismatch": {
+        "trainer": "logp NT",
+        "sampler": "logp NT",
+        "mask": "bool NT",
+        "cap": "above ",
+    },
     "objectives.estimator": {"*": "real NT", "log_weight": "logratio"},
     "objectives.flow": {
         "*": "real B",

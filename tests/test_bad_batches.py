@@ -32,7 +32,9 @@ BESIDE_A_LOSS = {
     "objectives.estimator.ring",
     "objectives.estimator.clip_bounds",
     "objectives.policy_gradient.clip_fractions",
+    "objectives.discriminative.odd_values",  # words
 }
+INFINITE = {"advantages.beta_normalised.normalised_variance"}  # at parameters that it names
 
 every = pytest.mark.parametrize("place", FUNCTIONS)
 
@@ -131,7 +133,8 @@ def test_finite_batches_give_finite_values_and_gradients_or_a_clear_error(place)
         if result is REFUSED:
             return "refused"
         for value in numbers(result):
-            assert bool(value.isfinite().all()), value
+            good = ~value.isnan() if place in INFINITE else value.isfinite()
+            assert bool(good.all()), value
         for name, gradient in gradients.items():
             assert bool(gradient.isfinite().all()), f"gradient of {name}: {gradient}"
         return "taken"

@@ -50,6 +50,9 @@ def right(completions, **columns):
 def judge(completions, rubric):
     return [5.0 for _ in completions]
 
+def refine(rubric, records):
+    return rubric
+
 def critique(completions):
     return [None for _ in completions]
 """
@@ -83,7 +86,7 @@ def valid(slug, here):
     found = {name: value for name, value in known.items() if name in fields}
     if slug in OWN:
         found = OWN[slug](found, here)
-    for name in ("judge", "critique"):
+    for name in ("judge", "critique", "refine"):
         if name in found:
             found[name] = f"{here}/{found[name]}"
     return {"steps": 1, "log": [], "report": False, "device": "cpu", **found}
@@ -105,9 +108,10 @@ OWN = {
     "salsa": without(second="tiny"),
     "rlgf": without(guide="tiny"),
     "rto": without(dpo_model="tiny"),
-    "mixed-po": without(dpo_steps=1, steps=2),
+    "mixed-po": without(dpo_steps=1, steps=2, gamma=0.5),
     "dapo-direct-advantage": without(gather_steps=1, steps=2),
-    "meta-po": without(judge="own.py:judge"),
+    "meta-po": without(judge="own.py:judge", refine="own.py:refine"),
+    "dsp": without(black_box={"model": "tiny"}),
     "text2grad": without(critique="own.py:critique"),
 }
 

@@ -3,9 +3,8 @@
 What workers do is in tests/cluster, on a cluster of two nodes.
 """
 
-import sys
-
 import pytest
+import ray
 
 from language_runs import SMALL, write_rows
 from postgrad.api import prepare
@@ -18,7 +17,7 @@ def refused(tmp_path, slug, **settings):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "answer": "2"}] * 8)
     with pytest.raises(PostgradError) as caught:
         prepare(slug, data=data, reward="numeric", **{**SMALL, **settings})
-    assert "ray" not in sys.modules
+    assert not ray.is_initialized()
     return str(caught.value)
 
 

@@ -132,8 +132,10 @@ def train(
     base = read_yaml(config) if config else {}
     if not processes.launched():
         from postgrad.launch import launch, layout
+        from postgrad.training.record import read_config
 
-        wanted = layout({**base, **values})
+        saved = {} if run is None else read_config(Path(run))
+        wanted = layout({**saved, **base, **values})
         if wanted.several:
             sys.exit(launch(wanted, sys.argv[1:]))
     if run is not None:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -198,9 +199,13 @@ _Yaml.add_implicit_resolver(
 def parse_yaml(text: str) -> Any:
     """YAML text as plain data."""
     try:
-        return yaml.load(text, Loader=_Yaml)  # a SafeLoader: plain data only
+        values = yaml.load(text, Loader=_Yaml)  # a SafeLoader: plain data only
+        json.dumps(values, default=str)  # finds what contains itself, by an anchor
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
+    except (ValueError, TypeError) as error:
+        raise yaml.YAMLError(str(error)) from error
+    return values
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

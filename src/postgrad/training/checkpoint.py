@@ -1,6 +1,5 @@
 """Checkpoints: written atomically, verified by checksum, holding everything a run needs."""
 
-import hashlib
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from postgrad.errors import PostgradError
+from postgrad.training.files import digest, flush
 from postgrad.training.tree import flatten, unflatten
 
 MANIFEST, STRUCTURE, TENSORS = "manifest.json", "state.json", "state.safetensors"
@@ -183,18 +183,3 @@ def _damage(path: Path) -> str | None:
         if digest(path / name) != known:
             return f"{name} does not match its checksum"
     return None
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """See that a file or folder is on the disk, and not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ from postgrad.config import read_yaml
 from postgrad.errors import MissingExtra, PostgradError
 from postgrad.notices import say
 from postgrad.secrecy import blanked
-from postgrad.training.checkpoint import digest, flush
+from postgrad.training.files import digest, flush, write_whole
 
 CONFIG, METRICS, SAMPLES, RUN = "config.yaml", "metrics.jsonl", "samples.jsonl", "run.json"
 STATUS = "status.json"
@@ -83,8 +83,8 @@ class RunFolder:
                 self.path = fresh_folder(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            _write_whole(self.path / CONFIG, text)
-            _write_whole(self.path / RUN, json.dumps(run, indent=1) + "\n")
+            write_whole(self.path / CONFIG, text)
+            write_whole(self.path / RUN, json.dumps(run, indent=1) + "\n")
         except OSError as error:
             raise PostgradError(
                 f"cannot write the run folder {self.path}: {error.strerror}"
@@ -108,7 +108,7 @@ class RunFolder:
                 if len(kept) < count:
                     say(f"{self.path / name} has lost {count - len(kept)} of its {count} rows")
                     self.rows[name] = len(kept)
-                _write_whole(self.path / name, b"".join(line + b"\n" for line in kept).decode())
+                write_whole(self.path / name, b"".join(line + b"\n" for line in kept).decode())
             self._trackers = [
                 make[tracker](self.path, self._name, config, step)
                 for tracker in self._tracker_names
@@ -148,7 +148,7 @@ class RunFolder:
         status = {"state": state, "why": why, "host": platform.node(), "process": os.getpid()}
         path = self.path / STATUS
         try:
-            _write_whole(path, json.dumps(status) + "\n")
+            write_whole(path, json.dumps(status) + "\n")
         except OSError as error:
             raise PostgradError(f"cannot write {path}: {error.strerror}") from error
 
@@ -235,13 +235,6 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A file with this content, or as it was."""
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 class NoFolder(RunFolder):

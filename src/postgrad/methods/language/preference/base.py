@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import setting
-from postgrad.errors import PostgradError
+from postgrad.errors import PostgradError, shown
 from postgrad.methods.base import Method, Metrics, Place
 from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import Given, LanguageSettings, find_materials, render_prompts
@@ -134,7 +134,9 @@ def _number(row: dict[str, Any], column: str, where: str) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise PostgradError(f"{where}: column {column!r} holds {row[column]!r}, expected a number")
+        raise PostgradError(
+            f"{where}: column {column!r} holds {shown(row[column])}, expected a number"
+        )
     return value
 
 
