@@ -210,7 +210,6 @@ _MODULES: dict[str, dict[str, str]] = {
         "trainer": "logp NT",
         "sampler": "logp NT",
         "mask": "bool NT",
-        "cap": "above ",
     },
     "objectives.estimator": {"*": "real NT", "log_weight": "logratio"},
     "objectives.flow": {
@@ -402,6 +401,7 @@ _NUMBERS: dict[str, list[Any]] = {
     **{key: [0.1, 1.0, 2.0, 0.0] for key in ("alpha", "beta")},
     **{key: [0.5, 0, 1] for key in ("share", "quantile", "omega", "against_worst", "coefficient")},
     **{key: [0.9, 0.0, 1.0] for key in ("discount", "lambda_", "gamma", "steepness")},
+    "cap": [2.0, 1.0, 0.5],
     **{key: [0.2, 0.0] for key in ("clip_low", "low", "clip", "eps", "bound")},
     **{key: [0.3, 0.0] for key in ("clip_high", "high", "outer_low", "tolerance")},
     "outer_high": [0.6],

@@ -44,11 +44,11 @@ ROW = {
     "negative": "four",
 }
 FUNCTIONS = """
-def right(completions, **columns):
-    return [float("5" in text) for text in completions]
+def right(completions, prompts, **columns):
+    return [(1 + len(str(p)) % 2) * float("5" in t) for p, t in zip(prompts, completions)]
 
 def judge(completions, rubric):
-    return [5.0 for _ in completions]
+    return [[5.0] for _ in completions]
 
 def refine(rubric, records):
     return rubric
@@ -108,10 +108,10 @@ OWN = {
     "salsa": without(second="tiny"),
     "rlgf": without(guide="tiny"),
     "rto": without(dpo_model="tiny"),
-    "mixed-po": without(dpo_steps=1, steps=2, gamma=0.5),
+    "mixed-po": without(dpo_steps=1, steps=2, gamma=1.5),
     "dapo-direct-advantage": without(gather_steps=1, steps=2),
-    "meta-po": without(judge="own.py:judge", refine="own.py:refine"),
-    "dsp": without(black_box={"model": "tiny"}),
+    "meta-po": without(judge="own.py:judge", refine="own.py:refine", rubric="It is right."),
+    "dsp": without(black_box={"name": "tiny"}),
     "text2grad": without(critique="own.py:critique"),
 }
 

@@ -1,5 +1,6 @@
 """Starting a command in several processes, on this machine or as one of several machines."""
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ def launch(wanted: Layout, arguments: Sequence[str]) -> int:
     Torch's own launcher starts and watches them: if one ends with an error, so do all. Ctrl-C and
     SIGTERM are passed on to them.
     """
+    # processes say themselves what went wrong
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -63,8 +66,8 @@ def launch(wanted: Layout, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "postgrad", *arguments)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return max(codes, default=1) if min(codes, default=1) > 0 else 1
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 1  # below 0: killed by a signal
     except SignalException:
         return INTERRUPTED
     return 0
