@@ -142,6 +142,10 @@ class Method(ABC):
         """What the method remembers between steps besides its modules: tensors, plain data."""
         return {}
 
+    def changing_state(self) -> dict[str, Any]:
+        """What of `state_dict` may be half changed where a step fails: copied before every step."""
+        return self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
 

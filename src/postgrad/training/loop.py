@@ -331,7 +331,8 @@ class Loop:
             if self.step > 0 and memory is not None:
                 restore_random_states(states)  # some may have been drawn before the error
                 try:
-                    self._save({**self._state(), "method": unflatten(*memory)})
+                    state = self._state()
+                    self._save({**state, "method": {**state["method"], **unflatten(*memory)}})
                 except PostgradError as another:
                     raise PostgradError(f"{failed}; and {another}") from error
             raise failed from error
@@ -343,7 +344,7 @@ class Loop:
         """
         if self._remembers_much:
             return None
-        memory = flatten(self.method.state_dict())
+        memory = flatten(self.method.changing_state())
         self._remembers_much = sum(t.nbytes for t in memory[1].values()) > _LARGEST_MEMORY
         return memory
 

@@ -268,6 +268,14 @@ class PolicyGradient(SampledPolicyGradient):
         kept = {name: other.state_dict() for name, other in others.items() if other is not None}
         return {**super().state_dict(), **kept}
 
+    def changing_state(self) -> dict[str, Any]:
+        """All but what workers are drawing, for which one would have to wait."""
+        ahead, self.ahead = self.ahead, None
+        try:
+            return self.state_dict()
+        finally:
+            self.ahead = ahead
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if self.sampler is not None:
