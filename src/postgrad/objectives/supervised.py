@@ -72,15 +72,15 @@ def demonstration_weight(reward: Tensor, kind: Divergence) -> Tensor:
     """f*'(-reward), elementwise: the weight of grad log pi where the loss is divided by beta.
 
     1 (tv), 1 - r/2 (pearson) or 1/(1 + r)^2 (hellinger), with reward r = rho + v. Raises ValueError
-    for hellinger where r is -1 or below, of which it has no weight.
+    for hellinger where r is -1, where the weight is infinite.
     """
     if kind == "tv":
         return torch.ones_like(reward)
     if kind == "pearson":
         return 1 - reward / 2
     if kind == "hellinger":
-        if bool((reward <= -1).any()):
-            raise ValueError("reward must be above -1 with kind 'hellinger'")
+        if bool((reward == -1).any()):
+            raise ValueError("reward must not be -1 with kind 'hellinger'")
         return (1 + reward).pow(-2)
     raise _unknown(kind)
 
