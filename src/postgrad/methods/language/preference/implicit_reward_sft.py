@@ -119,7 +119,7 @@ class ImplicitRewardSFT(SFT):
         )
         rho = implicit_reward(logp.detach(), reference, config.beta)
         below = rho + self.value < floor
-        weights = demonstration_weight(rho + self.value, config.divergence)
+        weights = demonstration_weight((rho + self.value).clamp(min=floor), config.divergence)
         return losses.sum() / batch.tokens, {
             "reward": float(rho.mean()),
             "weight": float(torch.where(below, 0.0, weights).mean()),
