@@ -18,7 +18,7 @@ from postgrad.api import prepare
 from postgrad.catalogue import entries
 from postgrad.claims.addition_warm_up import untrained
 from postgrad.claims.stepping import train_in_steps
-from postgrad.comparison import compare
+from postgrad.comparison import Contender, compare
 from postgrad.errors import PostgradError
 from postgrad.evaluation.language import evaluate_policy
 from postgrad.reports.compare import write_compare_report
@@ -93,14 +93,18 @@ def warmed_up(task: Task, folder: Path) -> None:
     policy.save(folder)
 
 
-def contenders(settings: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+def contenders(settings: dict[str, Any], steps: int) -> tuple[list[str], dict[str, str]]:
     """The methods that can learn from this task, and for the others the reason why not."""
+    # the only one with two parts, of which the first samples
+    own = {"dapo-direct-advantage": {"gather_steps": steps // 2}}
     methods, refused = [], {}
     for slug, entry in entries().items():
         if entry.family == "language/verifiable" or slug in BASELINES:
+            more = own.get(slug, {})
             try:
-                prepare(slug, **settings)
-                methods.append(slug)
+                prepare(slug, **settings, steps=steps, **more)
+                words = ",".join(f"{key}={value}" for key, value in more.items())
+                methods.append(f"{slug}:{words}" if words else slug)
             except PostgradError as reason:
                 refused[slug] = str(reason)
     return methods, refused
@@ -123,7 +127,7 @@ def settings_of(task: Task, model: Path) -> dict[str, Any]:
 
 def rows_of(runs: Path, task: Task, method: str, seed: int) -> Iterator[dict[str, Any]]:
     """A run's metrics under the name of its task."""
-    for row in read_rows(runs / f"{method}-seed{seed}" / METRICS):
+    for row in read_rows(runs / f"{Contender(method).folder}-seed{seed}" / METRICS):
         found = {"step": row["step"]}
         if "evaluation/reward" in row:
             found[f"evaluation/{task.title}"] = row["evaluation/reward"]
@@ -145,7 +149,9 @@ def main(output: Path, budget: int, seeds: int, jobs: int) -> None:
         warmed_up(task, model)
         settings = settings_of(task, model)
         rollout = {"samples": SAMPLES, "max_new_tokens": task.tokens}
-        methods, left_out[task.title] = contenders(settings | {"rollout": rollout})
+        methods, left_out[task.title] = contenders(
+            settings | {"rollout": rollout}, budget // (PROMPTS * SAMPLES)
+        )
         table, _ = compare(
             methods,
             budget=budget,

@@ -83,8 +83,8 @@ def left_behind(process):
 
 
 def gone(process):
-    """Whether all its processes end within ten seconds of their own accord."""
-    deadline = time.monotonic() + 10
+    """Whether all its processes end within three minutes of their own accord."""
+    deadline = time.monotonic() + 180
     while left := left_behind(process):
         if time.monotonic() > deadline:
             return left
@@ -120,6 +120,6 @@ def test_workers_end_with_the_run(started, tmp_path, hard):
         printed, complained = process.communicate(timeout=600)
         assert process.returncode == 130, complained
         assert quiet(printed + complained)
-        assert "stopping after step" in printed
+        assert "stopped after step" in printed
         assert any((tmp_path / "run" / "checkpoints").iterdir())
     assert gone(process) is True
