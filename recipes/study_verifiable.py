@@ -19,6 +19,7 @@ from postgrad.catalogue import entries
 from postgrad.claims.addition_warm_up import untrained
 from postgrad.claims.stepping import train_in_steps
 from postgrad.comparison import Contender, compare
+from postgrad.config import merge, parse_overrides
 from postgrad.errors import PostgradError
 from postgrad.evaluation.language import evaluate_policy
 from postgrad.reports.compare import write_compare_report
@@ -29,7 +30,7 @@ BASELINES = (
     "reinforce", "reinforce-plus-plus", "rloo", "grpo", "dr-grpo", "dapo", "gspo", "ppo-language",
     "sft", "best-of-n",
 )  # fmt: skip
-PROMPTS, SAMPLES, RATE, TESTED = 16, 8, 3e-4, 1000
+PROMPTS, SAMPLES, RATE, TESTED = 20, 8, 3e-4, 1000
 SHOWN = ("reward/degenerate_groups", "response/entropy", "response/length", "gradient_norm")
 _TARGET, _MOST_STEPS, _CHECK_EVERY, _CHECKED, _BATCH = 0.4, 3000, 10, 200, 96
 
@@ -93,18 +94,25 @@ def warmed_up(task: Task, folder: Path) -> None:
     policy.save(folder)
 
 
-def contenders(settings: dict[str, Any], steps: int) -> tuple[list[str], dict[str, str]]:
+def contenders(
+    task: Task, settings: dict[str, Any], steps: int
+) -> tuple[list[str], dict[str, str]]:
     """The methods that can learn from this task, and for the others the reason why not."""
-    # the only one with two parts, of which the first samples
-    own = {"dapo-direct-advantage": {"gather_steps": steps // 2}}
+    sampled = [f"frontier.max_new_tokens={task.tokens}"]
+    own = {
+        "dapo-direct-advantage": [f"gather_steps={steps // 2}"],  # its first part samples
+        "t-ppo": [f"window={task.tokens // 2}", *sampled],
+        "hpt": ["solution_column=answer"],
+        "ghpo": ["solution_column=answer"],
+        **dict.fromkeys(("rloo", "ppo-language", "best-of-n"), sampled),
+    }
     methods, refused = [], {}
     for slug, entry in entries().items():
         if entry.family == "language/verifiable" or slug in BASELINES:
-            more = own.get(slug, {})
+            words = own.get(slug, [])
             try:
-                prepare(slug, **settings, steps=steps, **more)
-                words = ",".join(f"{key}={value}" for key, value in more.items())
-                methods.append(f"{slug}:{words}" if words else slug)
+                prepare(slug, **merge({**settings, "steps": steps}, parse_overrides(words)))
+                methods.append(f"{slug}:{','.join(words)}" if words else slug)
             except PostgradError as reason:
                 refused[slug] = str(reason)
     return methods, refused
@@ -150,7 +158,7 @@ def main(output: Path, budget: int, seeds: int, jobs: int) -> None:
         settings = settings_of(task, model)
         rollout = {"samples": SAMPLES, "max_new_tokens": task.tokens}
         methods, left_out[task.title] = contenders(
-            settings | {"rollout": rollout}, budget // (PROMPTS * SAMPLES)
+            task, settings | {"rollout": rollout}, budget // (PROMPTS * SAMPLES)
         )
         table, _ = compare(
             methods,
