@@ -24,12 +24,17 @@ class Commands(click.Group):
         except PostgradError as error:
             if context.params.get("debug"):
                 raise
-            if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            if _speaks():
                 from postgrad.secrecy import blanked
 
                 line = " ".join(str(error).split())  # names of files and keys may hold line breaks
                 click.echo(f"error: {visible(blanked(line))}", err=True)
             context.exit(2)
+
+
+def _speaks() -> bool:
+    """Whether this process tells people what happens: of several that were launched the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -144,7 +149,7 @@ def train(
         done = api.resume(run, allow_changes=allow_changes, quiet=False, **merge(base, values))
     else:
         done = api.train(str(method), config=config, quiet=False, **values)
-    if not processes.launched_first():
+    if not _speaks():
         return
     if done.finished.interrupted:
         click.echo(

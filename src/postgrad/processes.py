@@ -32,11 +32,6 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def launched_first() -> bool:
-    """Whether this process is the only one, or the first of those that a launcher has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def count() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -147,6 +142,31 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         dist.all_reduce(flat)
         for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
+
+
+def in_shares(tensor: Tensor) -> bool:
+    """Whether processes hold a tensor in shares (FSDP2's), which one process alone never does."""
+    if count() == 1:  # what knows of shares takes half a second to import
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor gathered from its shares by all processes, or the tensor itself if it has none."""
+    found: Tensor = tensor.full_tensor() if in_shares(tensor) else tensor
+    return found
+
+
+def like(target: Any, value: Tensor) -> Tensor:
+    """`value`, in shares as `target` is if that is so."""
+    if not in_shares(target):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(target.device, target.dtype)
+    return distribute_tensor(value, target.device_mesh, target.placements)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -4,10 +4,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from postgrad import processes
 
@@ -18,6 +15,9 @@ def split(root: nn.Module, device: torch.device) -> None:
     What uses parameters has to be called as `root(...)`. Gradients are summed over processes, as
     losses are shares of one loss.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     mesh = init_device_mesh(device.type, (processes.count(),))
     for layer in _repeated_layers(root):
         fully_shard(layer, mesh=mesh)
@@ -51,14 +51,11 @@ def skeleton_of(network: nn.Module) -> nn.Module:
 
 def filled(skeleton: nn.Module, network: nn.Module) -> nn.Module:
     """A copy of the skeleton with the values of `network`, gathered from all processes."""
-    values = {name: whole(parameter) for name, parameter in network.named_parameters()}
+    values = {
+        name: processes.whole(parameter).detach() for name, parameter in network.named_parameters()
+    }
     memo = {
         id(parameter): nn.Parameter(values[name], requires_grad=False)
         for name, parameter in skeleton.named_parameters()
     }
     return copy.deepcopy(skeleton, memo)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from its shares, or the tensor itself if it has none."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from postgrad import processes
 from postgrad.errors import PostgradError
 from postgrad.training.files import digest, flush
 from postgrad.training.tree import flatten, unflatten
@@ -69,26 +69,18 @@ def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
                     f"the checkpoint does not fit this model: {name!r} has shape "
                     f"{tuple(state[name].shape)}, expected {tuple(target.shape)}"
                 )
-            target.copy_(like(target, state[name]))
+            target.copy_(processes.like(target, state[name]))
 
 
 def in_one_piece(state: Any) -> Any:
     """The same state with the tensors that processes hold in shares gathered, by all of them."""
-    if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+    if isinstance(state, Tensor):
+        return processes.whole(state).cpu() if processes.in_shares(state) else state
     if isinstance(state, dict):
         return {key: in_one_piece(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return type(state)(map(in_one_piece, state))
     return state
-
-
-def like(target: Tensor, value: Tensor) -> Tensor:
-    """`value`, in shares as `target` is if that is so."""
-    if not isinstance(target, DTensor):
-        return value
-    value = value.to(target.device, target.dtype)
-    return distribute_tensor(value, target.device_mesh, target.placements)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from postgrad import processes
 from postgrad.batch import Batch
@@ -17,7 +15,6 @@ from postgrad.config import LoopSettings
 from postgrad.errors import NonFinite, PostgradError
 from postgrad.methods.base import LossFunction, Method, Metrics
 from postgrad.timing import timed
-from postgrad.training.checkpoint import like
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -59,6 +56,8 @@ def learning_rate_factor(settings: LoopSettings, step: int) -> float:
 
 def _sum_by(module: nn.Module, divisor: int) -> None:
     """Have the gradients of sharded weights summed over processes and divided by so many."""
+    from torch.distributed.fsdp import FSDPModule
+
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(float(divisor))
@@ -120,7 +119,7 @@ class Optimisers:
         own = parts[processes.rank() :: processes.count()] if divided else parts
         # sharded weights are gathered layer by layer, so all processes need the same number of
         # parts; what is left over is computed and not counted
-        sharded = any(isinstance(p, DTensor) for p in self._parameters[name])
+        sharded = any(map(processes.in_shares, self._parameters[name]))
         rounds = math.ceil(len(parts) / processes.count()) if divided and sharded else len(own)
         idle = parts[: rounds - len(own)]
         if sharded:
@@ -203,7 +202,7 @@ class Optimisers:
     def _clip(self, name: str, batch: Batch) -> float:
         limit = self._settings.clip_norm or math.inf
         total = nn.utils.clip_grad_norm_(self._parameters[name], limit)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        norm = float(processes.whole(total))
         if not math.isfinite(norm):
             raise NonFinite(f"the gradient norm of {name!r} is {norm}", batch.fields())
         return norm
@@ -217,7 +216,9 @@ class Optimisers:
             # moments lie in shares as their parameters do
             moments = {
                 number: {
-                    key: like(parameter, value) if value.shape == parameter.shape else value
+                    key: processes.like(parameter, value)
+                    if value.shape == parameter.shape
+                    else value
                     for key, value in own["state"][number].items()
                 }
                 for number, parameter in enumerate(self._parameters[name])
