@@ -37,10 +37,12 @@ class Shifted:
     def __init__(self, shift):
         self.shift, self.closed = shift, 0
 
-    def draw(self, policy, prompts, settings, seeds, limits):
+    def draw(self, policy, wanted):
         policy.engine = None
         try:
-            drawn = generate(policy, prompts, settings, seeds=seeds, limits=limits)
+            drawn = generate(
+                policy, wanted.prompts, wanted.settings, seeds=wanted.seeds, limits=wanted.limits
+            )
         finally:
             policy.engine = self
         return [

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 from postgrad.errors import PostgradError
-from postgrad.sampling.engines import Wanted
 from postgrad.sampling.generation import draw_here
 
 REFUSE = "refuse"
@@ -38,7 +37,7 @@ class Obedient:
         if (self.folder / REFUSE).exists():
             raise PostgradError("the model's memory is taken")
 
-    def draw(self, policy, prompts, settings, seeds, limits):
+    def draw(self, policy, wanted):
         for found in sorted(self.folder.glob("*.*")):
             what, *where, _ = found.name.split(".")
             if where not in ([], [_node()]):
@@ -58,7 +57,7 @@ class Obedient:
             if what == "object":
                 raise PostgradError("the model's memory is taken")
             break
-        return draw_here(policy, Wanted(list(prompts), settings, list(seeds), list(limits)))
+        return draw_here(policy, wanted)
 
 
 def _node():

@@ -25,7 +25,6 @@ from postgrad.errors import MissingExtra, PostgradError
 from postgrad.memory import keep_freed_memory
 from postgrad.models.policy import LanguagePolicy
 from postgrad.models.snapshots import Snapshot
-from postgrad.sampling.drawing import SamplingSettings
 from postgrad.sampling.engines import Drawn, Engine, Wanted
 from postgrad.sampling.generation import draw_here
 
@@ -209,15 +208,7 @@ class ClusterEngine:
         self._crew.do(partial(self._crew.enqueue, asked))
         return asked
 
-    def draw(
-        self,
-        policy: LanguagePolicy,
-        prompts: Sequence[Tensor],
-        settings: SamplingSettings,
-        seeds: Sequence[int],
-        limits: Sequence[int],
-    ) -> list[Drawn]:
-        wanted = Wanted(list(prompts), settings, list(seeds), list(limits))
+    def draw(self, policy: LanguagePolicy, wanted: Wanted) -> list[Drawn]:
         return self.ask(policy, wanted).drawn()
 
     def metrics(self) -> dict[str, float]:
@@ -471,9 +462,7 @@ class Drawer:
             if policy.engine is None:
                 drawn = draw_here(policy, wanted)
             else:
-                drawn = policy.engine.draw(
-                    policy, wanted.prompts, wanted.settings, wanted.seeds, wanted.limits
-                )
+                drawn = policy.engine.draw(policy, wanted)
         arrays = [
             (one.tokens.cpu().numpy(), one.logprobs.float().cpu().numpy(), one.finished)
             for one in drawn

@@ -71,22 +71,10 @@ class Engine(Protocol):
 
     exact: bool
 
-    def draw(
-        self,
-        policy: LanguagePolicy,
-        prompts: Sequence[Tensor],
-        settings: SamplingSettings,
-        seeds: Sequence[int],
-        limits: Sequence[int],
-    ) -> list[Drawn]:
-        """A response to each of N prompts `[P]`, drawn by the policy's present weights.
+    def draw(self, policy: LanguagePolicy, wanted: Wanted) -> list[Drawn]:
+        """The responses that are wanted, drawn by the policy's present weights.
 
-        Args:
-            policy: whose weights to draw by; taken up before drawing if they have changed.
-            prompts: token ids; equal ones follow each other.
-            settings: temperature, restrictions and stop strings.
-            seeds: one for each response.
-            limits: the most tokens of each response.
+        They are taken up before drawing if they have changed.
         """
         ...
 

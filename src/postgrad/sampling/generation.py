@@ -72,7 +72,7 @@ def generate(
     asked = wanted(policy, prompts, settings, samples=samples, seeds=seeds, limits=limits)
     engine = policy.engine
     if engine is not None and mixture == 0 and mask is None and not policy.is_reference:
-        drawn = engine.draw(policy, asked.prompts, settings, asked.seeds, asked.limits)
+        drawn = engine.draw(policy, asked)
     else:
 
         def draw_share(share: Sequence[int]) -> list[Drawn]:

@@ -32,7 +32,7 @@ from postgrad.models.exporting import (
 from postgrad.models.network import base_of
 from postgrad.models.policy import LanguagePolicy
 from postgrad.sampling.drawing import SamplingSettings
-from postgrad.sampling.engines import Drawn
+from postgrad.sampling.engines import Drawn, Wanted
 
 TOKEN = "VLLM_API_KEY"  # the variable that vLLM's server reads its token from, too
 _AT_ONCE = 64  # requests that wait for the server side by side
@@ -79,14 +79,7 @@ class VLLMEngine:
         self._held: tuple[float, ...] | None = None  # the checksum of the weights that it has
         self._clock = _Clock()
 
-    def draw(
-        self,
-        policy: LanguagePolicy,
-        prompts: Sequence[Tensor],
-        settings: SamplingSettings,
-        seeds: Sequence[int],
-        limits: Sequence[int],
-    ) -> list[Drawn]:
+    def draw(self, policy: LanguagePolicy, wanted: Wanted) -> list[Drawn]:
         with _undisturbed():
             if self._engine is None:
                 with self._clock.timed("engine/start_seconds"):
@@ -97,10 +90,10 @@ class VLLMEngine:
                         raise
             self._take_up(policy)
             requests = [
-                _request(policy, settings, seed, limit)
-                for seed, limit in zip(seeds, limits, strict=True)
+                _request(policy, wanted.settings, seed, limit)
+                for seed, limit in zip(wanted.seeds, wanted.limits, strict=True)
             ]
-            return self._drawn_by(policy, prompts, requests)
+            return self._drawn_by(policy, wanted.prompts, requests)
 
     def _drawn_by(
         self, policy: LanguagePolicy, prompts: Sequence[Tensor], requests: list[dict[str, Any]]
@@ -225,14 +218,7 @@ class VLLMServer:
         self._version: str | None = None  # what the server calls the weights that we gave it
         self._clock = _Clock()
 
-    def draw(
-        self,
-        policy: LanguagePolicy,
-        prompts: Sequence[Tensor],
-        settings: SamplingSettings,
-        seeds: Sequence[int],
-        limits: Sequence[int],
-    ) -> list[Drawn]:
+    def draw(self, policy: LanguagePolicy, wanted: Wanted) -> list[Drawn]:
         if self._on_cpu and is_tied(policy.network):
             raise PostgradError(
                 "rollout.server: behind a server on CPUs vLLM cannot take up the weights of an "
@@ -240,14 +226,14 @@ class VLLMServer:
                 "postgrad.models.exporting.save_untied, or set rollout.engine=vllm"
             )
         requests = []
-        for prompt, seed, limit in zip(prompts, seeds, limits, strict=True):
+        for prompt, seed, limit in zip(wanted.prompts, wanted.seeds, wanted.limits, strict=True):
             if len(prompt) + limit > self._context:
                 raise PostgradError(
                     f"rollout.server: {self._address} serves a context of {self._context} tokens, "
                     f"but a prompt of {len(prompt)} with a response of up to {limit} needs "
                     f"{len(prompt) + limit}: start it with a larger --max-model-len"
                 )
-            parameters = _request(policy, settings, seed, limit)
+            parameters = _request(policy, wanted.settings, seed, limit)
             requests.append({"token_ids": prompt.tolist(), "sampling_params": parameters})
 
         def draw_all() -> list[Drawn]:
