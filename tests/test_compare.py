@@ -22,6 +22,21 @@ def test_every_method_gets_the_same_number_of_samples(tmp_path):
         compare(["sft", "grpo"], budget=64, output=tmp_path, seeds=1, **settings)
 
 
+def test_common_settings_go_to_the_methods_that_have_them(tmp_path):
+    settings = {
+        **ROWS,
+        "batch_size": 4,
+        "rollout": {"samples": 2, "max_new_tokens": 3},
+        "frontier": {"reward": "exact", "temperature": 0.0, "max_new_tokens": 3},
+    }
+    table, _ = compare(["sft", "grpo"], budget=16, output=tmp_path, **settings)
+    assert table.splitlines()[0].split() == ["method", "reward", "length"]
+    with pytest.raises(PostgradError, match="unknown key 'rolout': did you mean 'rollout'"):
+        compare(["sft", "grpo"], budget=16, output=tmp_path, **settings, rolout=1)
+    with pytest.raises(PostgradError, match="unknown key 'rollout'"):
+        compare(["sft"], budget=16, output=tmp_path, **settings)
+
+
 def test_a_method_is_compared_with_itself_under_other_settings(tmp_path):
     names = ["grpo", "grpo:advantage=centred,mask.clip_high=0.28"]
     settings = {**ROWS, "batch_size": 2, "rollout": {"samples": 2, "max_new_tokens": 3}}

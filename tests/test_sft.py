@@ -126,3 +126,20 @@ def test_an_unusable_row_is_named(row, message, tmp_path):
     with pytest.raises(PostgradError, match=message):
         train("sft", data=[ROWS[0], row], max_response_tokens=16, output=run, **SMALL)
     assert not run.exists()
+
+
+def test_evaluations_also_judge_what_it_answers(tmp_path):
+    settings = {**SMALL, "steps": 2, "evaluate_every": 0, "output": str(tmp_path / "run")}
+    data = {"name": "addition", "settings": {"size": 8}}
+    asked = {"reward": "addition", "max_new_tokens": 4, "temperature": 0.0}
+    run = train("sft", data=data, frontier=asked, eval_size=4, **settings)
+    first = read_rows(run.folder / "metrics.jsonl")[0]
+    assert first["evaluation/kl"] == 0.0  # of the untrained policy to itself
+    assert 0.0 <= first["evaluation/reward"] <= 1.0
+    assert first["evaluation/length"] <= 4
+
+
+def test_whole_texts_have_no_prompts_to_judge_answers_of(tmp_path):
+    path = write_rows(tmp_path / "texts.jsonl", [{"text": "a b c"}] * 4)
+    with pytest.raises(PostgradError, match=r"frontier\.reward: whole texts have no prompts"):
+        train("sft", data=str(path), eval_data=str(path), frontier={"reward": "exact"}, **SMALL)

@@ -241,8 +241,9 @@ def compare(
 ) -> None:
     """Train several METHODs on the same data, samples and seeds; a table and a page.
 
-    Settings, as KEY=VALUE, are those of every method; METHOD:KEY=VALUE,KEY=VALUE
-    has its own, and a method may so be compared with itself.
+    Settings, as KEY=VALUE, are those of every method that has them;
+    METHOD:KEY=VALUE,KEY=VALUE has its own, and a method may so be compared
+    with itself.
     """
     # METHOD, METHOD:KEY=VALUE,… or KEY=VALUE
     methods = [word for word in words if ":" in word.partition("=")[0] or "=" not in word]

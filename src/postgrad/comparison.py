@@ -13,7 +13,15 @@ import torch
 
 from postgrad import api
 from postgrad.catalogue import method_class
-from postgrad.config import flat, merge, parse_overrides, resolve
+from postgrad.config import (
+    LoopSettings,
+    dotted_keys,
+    flat,
+    merge,
+    parse_overrides,
+    resolve,
+    unknown_key,
+)
 from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval
 from postgrad.reports.compare import write_compare_report
@@ -55,15 +63,16 @@ def compare(
 
     A sample is what a method consumes: a row of data, or a completion where it samples. A method
     may be named several times with settings of its own, `grpo:mask.clip_high=0.28`; `settings` are
-    those of all. Runs that are complete in `output` are kept, unfinished ones continue. With `jobs`
-    above 1 so many are under way at once, each in a process of one thread; settings then hold names
-    alone and no objects.
+    those of all that have them. Runs that are complete in `output` are kept, unfinished ones
+    continue. With `jobs` above 1 so many are under way at once, each in a process of one thread;
+    settings then hold names alone and no objects.
     """
     if len(set(methods)) < len(methods):
         raise PostgradError("a method is named twice")
     contenders = [Contender(name) for name in methods]
     settings = _with_common_reward([each.method for each in contenders], settings)
-    costs = {each: _samples_a_step(each, settings) for each in contenders}
+    common = _taken(contenders, settings)
+    costs = {each: _samples_a_step(each, own) for each, own in common.items()}
     for each, cost in costs.items():
         if budget < cost:
             raise PostgradError(f"budget: {each.name} needs at least {cost} samples for one step")
@@ -75,7 +84,7 @@ def compare(
         for each, cost in costs.items():
             folder, steps = output / f"{each.folder}-seed{seed}", budget // cost
             own = {"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 5)}
-            calls.append((each.method, folder, merge(merge(own, settings), each.settings)))
+            calls.append((each.method, folder, merge(merge(own, common[each]), each.settings)))
             runs.append({"method": each.name, "seed": seed, "samples": steps * cost})
     _train_all(calls, jobs, say)
     for run, (_, folder, _) in zip(runs, calls, strict=True):
@@ -103,6 +112,25 @@ def _with_common_reward(methods: Sequence[str], settings: dict[str, Any]) -> dic
         return settings
     task = load(named["name"], split="test", settings=named.get("settings"))
     return merge(settings, {"frontier": {"reward": task.verifier}})
+
+
+def _taken(
+    contenders: Sequence[Contender], settings: dict[str, Any]
+) -> dict[Contender, dict[str, Any]]:
+    """Of the common settings those that each contender's method has; one that none has is an error.
+
+    A method that learns from demonstrations has no rollouts, so that their settings pass it by.
+    """
+    kinds = {each: method_class(each.method).Config for each in contenders}
+    known = {each: {*kind.model_fields, *LoopSettings.model_fields} for each, kind in kinds.items()}
+    for key in settings:
+        if not any(key in names for names in known.values()):
+            every = {name for kind in kinds.values() for name in dotted_keys(kind)}
+            raise unknown_key(key, sorted(every.union(dotted_keys(LoopSettings))))
+    return {
+        each: {key: value for key, value in settings.items() if key in names}
+        for each, names in known.items()
+    }
 
 
 def _samples_a_step(contender: Contender, settings: dict[str, Any]) -> int:
@@ -164,7 +192,8 @@ def _table(methods: Sequence[str], runs: list[dict[str, Any]]) -> str:
         and all(name in final for each in finals.values() for final in each)
     ]
     titles = [name.removeprefix("evaluation/").rjust(26) for name in shared]
-    lines = ["method".ljust(20) + "".join(titles)]
+    width = max(20, *(len(method) + 1 for method in methods))
+    lines = ["method".ljust(width) + "".join(titles)]
     for method in methods:
         cells = []
         for name in shared:
@@ -172,5 +201,5 @@ def _table(methods: Sequence[str], runs: list[dict[str, Any]]) -> str:
             several = len(finals[method]) > 1
             span = f" [{interval.low:.3g}, {interval.high:.3g}]" if several else ""
             cells.append(f"{interval.mean:.4g}{span}".rjust(26))
-        lines.append(method.ljust(20) + "".join(cells))
+        lines.append(method.ljust(width) + "".join(cells))
     return "\n".join(lines)

@@ -27,7 +27,9 @@ class FrontierSettings(Settings):
     )
     samples: int = setting(1, "samples a held-out prompt", gt=0)
     max_new_tokens: int = setting(64, "longest sample in tokens", gt=0)
-    temperature: float = setting(1.0, "sampling temperature", gt=0)
+    temperature: float = setting(
+        1.0, "sampling temperature; 0: the likeliest response, and kl is of that one alone", ge=0
+    )
 
 
 class Frontier:

@@ -1,5 +1,6 @@
 """Supervised fine-tuning."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 
 from postgrad.batch import Batch
 from postgrad.config import setting
+from postgrad.errors import PostgradError
 from postgrad.methods.base import Method, Metrics, Place
 from postgrad.methods.data import DataSettings
 from postgrad.methods.language.base import Given, LanguageSettings, find_materials, render_prompts
+from postgrad.methods.language.frontier import Frontier, FrontierSettings
 from postgrad.tasks import Examples
 
 FORMATS = ("demonstrations", "text")
@@ -22,6 +25,9 @@ class SFTSettings(LanguageSettings):
     data: DataSettings = setting(DataSettings(name="docstrings"), "demonstrations")
     batch_size: int = setting(16, "demonstrations a step", gt=0)
     max_response_tokens: int = setting(512, "longer responses are cut", gt=0)
+    frontier: FrontierSettings = setting(
+        FrontierSettings(), "reward and KL of fresh samples, in every evaluation"
+    )
 
 
 class SFT(Method):
@@ -51,7 +57,13 @@ class SFT(Method):
         self.items = self._tokenise(self.data)
         self.held_out = None
         if found.held_out is not None:
-            self.held_out = self._tokenise(_single_turns(found.held_out))
+            found = replace(found, held_out=_single_turns(found.held_out))
+            self.held_out = self._tokenise(found.held_out)
+            if found.held_out.format == "text" and config.frontier.reward is not None:
+                raise PostgradError("frontier.reward: whole texts have no prompts to answer")
+        self.frontier = Frontier.of(config, config.frontier, found, place)
+        if self.frontier is not None:
+            self.policy.freeze_reference()
 
     def _tokenise(self, examples: Examples) -> Batch:
         limit = self.config.max_response_tokens
@@ -81,7 +93,7 @@ class SFT(Method):
         return total / batch.tokens, {}
 
     def evaluate(self) -> Metrics:
-        """Mean next-token loss on held-out responses, in nats."""
+        """Mean next-token loss on held-out responses, in nats; reward and KL of fresh samples."""
         if self.held_out is None:
             return {}
         total, tokens = 0.0, 0
@@ -89,7 +101,13 @@ class SFT(Method):
             scores = self.policy.score(part.prompts, part.responses)
             total -= float(scores.logprobs[scores.mask].sum())
             tokens += int(scores.mask.sum())
-        return {"loss": total / tokens}
+        metrics = {"loss": total / tokens}
+        if self.frontier is not None:
+            metrics |= self.frontier.measure(self.policy)
+        return metrics
+
+    def evaluation_samples(self) -> list[dict[str, Any]]:
+        return self.frontier.samples if self.frontier is not None else []
 
     def samples(self, batch: Batch) -> list[dict[str, Any]]:
         return [
