@@ -3,8 +3,8 @@
 On each of three tasks a small transformer is warmed up by demonstrations until it solves about
 two fifths of the problems. From there every method gets the same samples, learning rate and
 seeds; greedy answers to 1000 other draws of the task are measured. Methods that imitate (sft, otr)
-learn from the answers themselves, one demonstration for each sample of the others. Runs that are there
-are kept, so an interrupted call continues.
+learn from the answers themselves, one demonstration for each sample of the others. Runs that are
+there are kept, so an interrupted call continues.
 """
 
 import json

@@ -57,9 +57,10 @@ class SFT(Method):
         self.items = self._tokenise(self.data)
         self.held_out = None
         if found.held_out is not None:
-            found = replace(found, held_out=_single_turns(found.held_out))
-            self.held_out = self._tokenise(found.held_out)
-            if found.held_out.format == "text" and config.frontier.reward is not None:
+            held_out = _single_turns(found.held_out)
+            found = replace(found, held_out=held_out)
+            self.held_out = self._tokenise(held_out)
+            if held_out.format == "text" and config.frontier.reward is not None:
                 raise PostgradError("frontier.reward: whole texts have no prompts to answer")
         self.frontier = Frontier.of(config, config.frontier, found, place)
         if self.frontier is not None:
