@@ -9,7 +9,7 @@ there are kept, so an interrupted call continues.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ BASELINES = (
     "reinforce", "reinforce-plus-plus", "rloo", "grpo", "dr-grpo", "dapo", "gspo", "ppo-language",
     "sft", "best-of-n",
 )  # fmt: skip
+REWARD = "exact"  # right or wrong; reasoning-gym's own verifiers give parts of a point
 PROMPTS, SAMPLES, RATE, TESTED = 20, 8, 3e-4, 1000
 SHOWN = ("reward/degenerate_groups", "response/entropy", "response/length", "gradient_norm")
 _TARGET, _MOST_STEPS, _CHECK_EVERY, _CHECKED, _BATCH = 0.4, 3000, 10, 200, 96
@@ -71,7 +72,7 @@ def warmed_up(task: Task, folder: Path) -> None:
     policy = untrained(0, task.positions)
     # other problems than those of the methods' training and tests: another seed of the stream
     data = load(task.name, split="train", settings=task.settings, seed=1000)
-    check = data.first(_CHECKED)
+    check = replace(data.first(_CHECKED), verifier=REWARD)
     rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in data.rows[_CHECKED:]]
     training = train_in_steps(
         "sft",
@@ -114,10 +115,11 @@ def settings_of(task: Task, model: Path) -> dict[str, Any]:
         "solution_column": "answer",
         "eval_size": TESTED,
         "batch_size": PROMPTS,
+        "reward": REWARD,
         "rollout": {"samples": SAMPLES, "max_new_tokens": task.tokens},
         "max_response_tokens": task.tokens,
         "frontier": {
-            "reward": load(task.name, split="test", settings=task.settings).verifier,
+            "reward": REWARD,
             "max_new_tokens": task.tokens,
             "temperature": 0.0,  # as all others are measured
         },

@@ -209,20 +209,6 @@ def test_rows_cut_within_a_character_and_damaged_rows(tmp_path):
 # disks that fill up
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 1 MB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount a disk")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
 def fill(disk):
     """Leave no room at all: whatever is written next fails."""
     with (disk / "filler").open("wb", buffering=0) as file:

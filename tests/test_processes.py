@@ -1,7 +1,6 @@
 """Several processes take the steps that one takes: same losses, samples, weights, faults."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,49 +9,16 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing
 
 from language_runs import SMALL, untimed, write_rows
 from postgrad import processes
 from postgrad.api import resume, train
 from postgrad.errors import PostgradError
 from postgrad.launch import layout
+from several import together
 
 SUMS = {**SMALL, "data": "addition", "batch_size": 4, "steps": 3, "save_every": 1}
 ROLLOUT = {"samples": 4, "max_new_tokens": 8}
-
-
-def a_process(rank, world, folder, work, arguments):
-    """One of several processes that run `work(*arguments)` after finding each other."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": (folder / "port").read_text(),
-    }
-    torch.set_num_threads(1)
-    try:
-        work(*arguments)
-    except PostgradError as error:
-        (folder / f"error-{rank}").write_text(str(error))
-
-
-def together(world, folder, work, *arguments):
-    """Run `work` in so many processes; the errors by process that users would have seen."""
-    folder.mkdir(parents=True, exist_ok=True)
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    (folder / "port").write_text(str(port))
-    # forked from a process that has imported everything and done nothing
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["postgrad.api", __name__])
-    started = multiprocessing.start_processes(
-        a_process, (world, folder, work, arguments), world, join=False, start_method="forkserver"
-    )
-    while not started.join(timeout=100):
-        pass
-    return {p.name: p.read_text() for p in sorted(folder.glob("error-*"))}
 
 
 def lengths(completions):
@@ -136,7 +102,9 @@ def test_sharded_weights_learn_the_same(tmp_path, slug):
     trained(slug, tmp_path / "alone", settings | {"steps": 4})
     sharded = settings | {"shard": True, "steps": 2}
     assert not together(2, tmp_path / "two", trained, slug, tmp_path / "parts", sharded)
-    # and on, in three processes and then in one: checkpoints are in one piece
+    written = sorted((tmp_path / "parts" / "checkpoints" / "step-00000002").iterdir())
+    assert [path.suffix for path in written] == [".json", *[".safetensors"] * 2, ".json"]
+    # and on, in three processes and then in one
     assert not together(3, tmp_path / "three", resumed, tmp_path / "parts", {"steps": 3})
     resumed(tmp_path / "parts", {"steps": 4, "shard": False})
     assert_close_runs(tmp_path / "alone", tmp_path / "parts")

@@ -3,13 +3,9 @@
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from postgrad import api
 from postgrad.catalogue import method_class
@@ -24,6 +20,7 @@ from postgrad.config import (
 )
 from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval
+from postgrad.jobs import side_by_side
 from postgrad.reports.compare import write_compare_report
 from postgrad.tasks import Examples, load
 from postgrad.training.record import METRICS, fresh_folder, is_run, read_rows
@@ -154,15 +151,9 @@ def _train_all(
             say(f"{method}, seed {settings['seed']}: {settings['steps']} steps in {folder}")
             _train(method, folder, settings)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        running = {pool.submit(_train, *call): call for call in calls}
-        try:
-            for number, done in enumerate(as_completed(running), 1):
-                done.result()
-                say(f"{number} of {len(calls)}: {running[done][1]}")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    by_folder = {folder: (method, folder, settings) for method, folder, settings in calls}
+    for number, (folder, _) in enumerate(side_by_side(_train, by_folder, jobs), 1):
+        say(f"{number} of {len(calls)}: {folder}")
 
 
 def _train(method: str, folder: Path, settings: dict[str, Any]) -> None:

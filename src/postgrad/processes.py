@@ -163,8 +163,16 @@ def like(target: Any, value: Tensor) -> Tensor:
     """`value`, in shares as `target` is if that is so."""
     if not in_shares(target):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if isinstance(value, DTensor):  # on other devices perhaps, but cut at the same places
+        return DTensor.from_local(
+            value.to_local().to(target.device, target.dtype),
+            target.device_mesh,
+            target.placements,
+            shape=target.shape,
+            stride=target.stride(),
+        )
     value = value.to(target.device, target.dtype)
     return distribute_tensor(value, target.device_mesh, target.placements)
 

@@ -7,16 +7,16 @@ import platform
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from postgrad.claims.base import Claim, Finding, Outcome, load_claim
 from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval, verdict
+from postgrad.jobs import side_by_side
+from postgrad.training.files import write_whole
 
 
 def reproduce(
@@ -41,15 +41,10 @@ def reproduce(
     missing = [pair for pair in wanted if not _kept(output, *pair).is_file()]
     say(f"{claim.slug}: {len(wanted)} runs, {len(wanted) - len(missing)} already there")
     workers = min(jobs or os.cpu_count() or 1, max(1, len(missing)))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
-        running = {pool.submit(_one, slug, arm, seed, quick): (arm, seed) for arm, seed in missing}
-        for done in as_completed(running):
-            arm, seed = running[done]
-            outcome = done.result()
-            path = _kept(output, arm, seed)
-            path.with_suffix(".part").write_text(json.dumps(outcome), encoding="utf-8")
-            path.with_suffix(".part").replace(path)
-            say(f"  {arm}, seed {seed}: {claim.metric} {outcome['values'][claim.metric]:.4g}")
+    calls = {(arm, seed): (slug, arm, seed, quick) for arm, seed in missing}
+    for (arm, seed), outcome in side_by_side(_one, calls, workers):
+        write_whole(_kept(output, arm, seed), json.dumps(outcome))
+        say(f"  {arm}, seed {seed}: {claim.metric} {outcome['values'][claim.metric]:.4g}")
     found = {pair: json.loads(_kept(output, *pair).read_text(encoding="utf-8")) for pair in wanted}
     result = summarise(claim, found, seeds, quick)
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -123,12 +118,6 @@ def _compact(result: dict[str, Any]) -> str:
 def _kept(output: Path, arm: str, seed: int) -> Path:
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in arm)
     return output / f"{name}-seed{seed}.json"
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _one(slug: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +91,55 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
 
 
 def write_checkpoint(folder: Path, step: int, state: Flat, keep: int) -> Path:
-    """As `save_checkpoint`, of a state that `flatten` has copied."""
+    """As `save_checkpoint`, of a state that `flatten` has made; by this process alone."""
     target = folder / f"step-{step:08d}"
-    temporary = folder / f".writing-{step:08d}-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        _put_back(folder)
-        temporary.mkdir()
-        structure, tensors = state
-        (temporary / STRUCTURE).write_text(json.dumps(structure), encoding="utf-8")
+    structure, tensors = state
+    temporary = _begin(target, structure)
+    with _nothing_half_written(target):
         save_file(tensors, temporary / TENSORS)
-        digests = {name: digest(temporary / name) for name in (STRUCTURE, TENSORS)}
-        manifest = {"step": step, "sha256": digests}
+    names = [STRUCTURE, TENSORS]
+    _finish(temporary, target, dict(zip(names, _digests(temporary, names), strict=True)), keep)
+    return target
+
+
+def write_checkpoint_in_shares(folder: Path, step: int, state: Flat, keep: int) -> Path:
+    """The same by all processes, each of which writes its share of the tensors."""
+    from postgrad.training.shares import write_shares
+
+    target = folder / f"step-{step:08d}"
+    structure, tensors = state
+    temporary = processes.agreed(lambda: _begin(target, structure))
+    with _nothing_half_written(target):
+        write_shares(temporary, tensors)
+    names = processes.agreed(lambda: sorted(path.name for path in temporary.iterdir()))
+    found = processes.divided(names, lambda own: _digests(temporary, own))
+    digests = dict(zip(names, found, strict=True))
+    processes.agreed(lambda: _finish(temporary, target, digests, keep))
+    return target
+
+
+def _begin(target: Path, structure: Any) -> Path:
+    """A folder for a checkpoint that is being written, with all of it but the tensors."""
+    temporary = target.parent / f".writing-{target.name}-{os.getpid()}"
+    with _nothing_half_written(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear(target.parent)
+        _put_back(target.parent)
+        temporary.mkdir()
+        (temporary / STRUCTURE).write_text(json.dumps(structure), encoding="utf-8")
+    return temporary
+
+
+def _digests(folder: Path, names: Sequence[str]) -> list[str]:
+    with _nothing_half_written(folder):
+        return [digest(folder / name) for name in names]
+
+
+def _finish(temporary: Path, target: Path, digests: dict[str, str], keep: int) -> None:
+    """Make what was written a checkpoint: with its checksums, on the disk, under its name."""
+    folder = target.parent
+    manifest = {"step": _step(target), "sha256": digests}
+    with _nothing_half_written(target):
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             flush(path)
@@ -116,14 +153,26 @@ def write_checkpoint(folder: Path, step: int, state: Flat, keep: int) -> Path:
         for old in checkpoints(folder)[:-keep]:
             (old / MANIFEST).unlink()  # so that half of it is not taken for a checkpoint
             shutil.rmtree(old)
+
+
+@contextmanager
+def _nothing_half_written(target: Path) -> Iterator[None]:
+    """An error of the disk leaves nothing of `target`, and says what there is."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder = target.parent
+        _clear(folder)
         last = checkpoints(folder)
         kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
         raise PostgradError(
             f"cannot write checkpoint {target}: {getattr(error, 'strerror', error)}; {kept}"
         ) from error
-    return target
+
+
+def _clear(folder: Path) -> None:
+    for leftover in folder.glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _put_back(folder: Path) -> None:
@@ -141,37 +190,62 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
-def load_latest(folder: Path, say: Any) -> tuple[int, dict[str, Any]] | None:
-    """The newest checkpoint whose checksums hold; `say` hears of damaged ones passed over."""
-    _put_back(folder)
+def load_latest(
+    folder: Path, say: Any, *, in_shares: bool = False
+) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint whose checksums hold; `say` hears of damaged ones passed over.
+
+    With `in_shares`, tensors that several processes wrote come as each one's share.
+    """
+    processes.agreed(lambda: _put_back(folder))
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if damage is None:
             try:
                 structure = json.loads((path / STRUCTURE).read_text(encoding="utf-8"))
-                state = unflatten(structure, load_file(path / TENSORS))
+                return _step(path), unflatten(structure, _tensors(path, in_shares))
             except (ValueError, SafetensorError):
                 damage = "its content is no checkpoint"
-            else:
-                return int(path.name.removeprefix("step-")), state
         say(f"checkpoint {path} is damaged ({damage}); trying the one before")
     return None
 
 
+def _tensors(path: Path, in_shares: bool) -> dict[str, Tensor]:
+    if (path / TENSORS).is_file():
+        return load_file(path / TENSORS)
+    from postgrad.training.shares import read_shares
+
+    return read_shares(path, in_shares)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; its files are read once, by all processes together."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         expected = dict(manifest["sha256"])
-        whole = path.name == f"step-{manifest['step']:08d}" and expected.keys() == {
-            STRUCTURE, TENSORS
-        }  # fmt: skip
+        files = expected.keys() - {STRUCTURE}
+        whole = (
+            path.name == f"step-{manifest['step']:08d}"
+            and STRUCTURE in expected
+            and {each.name for each in path.glob("*.safetensors")} <= files
+            and len(files) > 0
+            and all(name == Path(name).name for name in files)
+        )
     except (ValueError, KeyError, TypeError, OSError):
         whole = False
     if not whole:
         return "its manifest cannot be read"
-    for name, known in expected.items():
+
+    def damaged(name: str) -> str | None:
         if not (path / name).is_file():
             return f"{name} is missing"
-        if digest(path / name) != known:
+        if digest(path / name) != expected[name]:
             return f"{name} does not match its checksum"
-    return None
+        return None
+
+    found = processes.divided(sorted(expected), lambda own: [damaged(name) for name in own])
+    return next(filter(None, found), None)

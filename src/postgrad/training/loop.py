@@ -32,6 +32,7 @@ from postgrad.training.checkpoint import (
     random_states,
     restore_random_states,
     write_checkpoint,
+    write_checkpoint_in_shares,
 )
 from postgrad.training.console import Watcher
 from postgrad.training.optimise import Optimisers, autocast, evaluated
@@ -82,7 +83,9 @@ class Loop:
         self.sources = sources or Sources({})
         self.step = 0
         self.rows: dict[str, int] = {}
-        if settings.shard and processes.count() > 1:
+        self._checkpoints = folder.path / "checkpoints"
+        self._in_shares = settings.shard and processes.count() > 1
+        if self._in_shares:
             self._shard()
         self.optimise = Optimisers(method.modules(), settings, method.place.device, method.rates())
         profiled = settings.profile and processes.first()
@@ -109,10 +112,9 @@ class Loop:
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint of the folder, or from the start without one."""
-        where = self.folder.path / "checkpoints"
-        found = load_latest(where, self.watcher.say)
+        found = load_latest(self._checkpoints, self.watcher.say, in_shares=self._in_shares)
         if found is None:
-            none = "no whole checkpoint" if checkpoints(where) else "no checkpoint yet"
+            none = "no whole checkpoint" if checkpoints(self._checkpoints) else "no checkpoint yet"
             self.watcher.say(f"{self.folder.path} has {none}: starting from step 0")
             return
         self.step, state = found
@@ -260,14 +262,20 @@ class Loop:
 
     def _save(self, state: dict[str, Any]) -> None:
         with self._between_steps("checkpoint"), self._resumable(), self._saving:
-            processes.agreed(lambda: self._write(self.step, flatten(state)))
+            if self._in_shares:
+                processes.agreed(self.folder.flush)
+                write_checkpoint_in_shares(
+                    self._checkpoints, self.step, flatten(state), self.settings.keep_checkpoints
+                )
+            else:
+                processes.agreed(lambda: self._write(self.step, flatten(state)))
             self._saved = self.step
         for line in self.sources.changed():
             self.watcher.say(line)
 
     def _state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        state = {
+        return {
             "modules": {n: module_state(m) for n, m in self.method.modules().items()},
             "optimisers": self.optimise.state_dict(),
             "method": self.method.state_dict(),
@@ -277,17 +285,16 @@ class Loop:
             "rows": self.folder.rows,
             "random": random_states(),
         }
-        return in_one_piece(state)  # type: ignore[no-any-return]
 
     def _write(self, step: int, state: Flat) -> None:
         self.folder.flush()
-        where = self.folder.path / "checkpoints"
-        write_checkpoint(where, step, state, self.settings.keep_checkpoints)
+        write_checkpoint(self._checkpoints, step, state, self.settings.keep_checkpoints)
 
     def _keep(self) -> None:
         """Copy the state, in case that the step to come cannot be finished."""
         with self._between_steps("checkpoint"):
-            state = self._state()
+            # one process alone will have to write it, whatever the others are at
+            state = in_one_piece(self._state())
             kept = (self.step, flatten(state)) if processes.first() else None
         with self._saving:
             self._kept = kept

@@ -6,18 +6,25 @@ import numpy
 import torch
 from torch import Tensor
 
+from postgrad import processes
+
 
 def flatten(tree: Any, name: str = "root") -> tuple[Any, dict[str, Tensor]]:
     """Split `tree` into a JSON-ready structure and its tensors by name.
 
     Dictionaries (with string or integer keys), lists, tuples, tensors, NumPy arrays and plain
-    scalars are understood; anything else is an error that names where it stands.
+    scalars are understood; anything else is an error that names where it stands. Tensors are
+    copied, but those that processes hold in shares stay what and where they are.
     """
     tensors: dict[str, Tensor] = {}
 
     def visit(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+            tensors[path] = (
+                value.detach()
+                if processes.in_shares(value)
+                else value.detach().to("cpu", copy=True).contiguous()
+            )
             return {"tensor": path}
         if isinstance(value, numpy.ndarray):
             tensors[path] = torch.from_numpy(value.copy())
