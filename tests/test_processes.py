@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from postgrad import processes
 from postgrad.api import resume, train
 from postgrad.errors import PostgradError
 from postgrad.launch import layout
+from postgrad.sampling.first import EngineOfFirst
+from postgrad.sampling.generation import SamplingSettings, draw_here, generate, wanted
 from several import together
 
 SUMS = {**SMALL, "data": "addition", "batch_size": 4, "steps": 3, "save_every": 1}
@@ -127,6 +130,72 @@ def shares(folder):
         with pytest.raises(PostgradError, match="shard: this method takes a new reference"):
             policy.freeze_reference()
         (folder / f"done-{processes.rank()}").touch()
+
+
+class Here:
+    """An engine that draws in this process, when it is its turn."""
+
+    exact = True
+    drew = 0
+
+    def draw(self, policy, wanted):
+        Here.drew += 1
+        if any(len(prompt) > 5 for prompt in wanted.prompts):
+            raise PostgradError("the engine cannot be reached")
+        return draw_here(policy, wanted)
+
+    def ask(self, policy, wanted):
+        drawn = self.draw(policy, wanted)
+        return SimpleNamespace(drawn=lambda: drawn, drawn_anyhow=lambda policy: drawn)
+
+    def metrics(self):
+        return {"drew": Here.drew}
+
+    def close(self):
+        Here.drew = -1
+
+
+def engaged(folder, shard):
+    from postgrad.models.language import load_policy
+
+    settings = SamplingSettings(max_new_tokens=6)
+    with processes.joined():
+        policy = load_policy("tiny")
+        prompts = [policy.render(text) for text in ("a", "b", "c")]
+        seeds = list(range(6))
+        expected = generate(policy, prompts, settings, samples=2, seeds=seeds)
+        if shard:
+            policy.shard()
+        policy.engine = EngineOfFirst(Here)
+        assert policy.engine.exact
+        found = generate(policy, prompts, settings, samples=2, seeds=seeds)
+        asked = policy.engine.ask(policy, wanted(policy, prompts, settings, samples=2, seeds=seeds))
+        for drawn in (found.responses, [d.tokens for d in asked.drawn()],
+                      [d.tokens for d in asked.drawn_anyhow(policy)]):  # fmt: skip
+            assert all(map(torch.equal, drawn, expected.responses))
+        assert policy.engine.metrics() == {"drew": 2}
+        assert Here.drew == (2 if processes.first() else 0)
+        policy.engine.close()
+        assert Here.drew == (-1 if processes.first() else 0)
+        (folder / f"done-{processes.rank()}").touch()
+        generate(policy, [policy.render("too long a prompt")], settings, seeds=[0])
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_the_engine_of_the_first_process_draws_for_all(tmp_path, shard):
+    errors = together(2, tmp_path, engaged, tmp_path, shard)
+    assert len(list(tmp_path.glob("done-*"))) == 2
+    assert errors == dict.fromkeys(("error-0", "error-1"), "the engine cannot be reached")
+
+
+def test_vllm_within_a_process_is_refused_for_several(tmp_path):
+    settings = SUMS | {"rollout": {"engine": "vllm"}}
+    errors = together(2, tmp_path / "share", trained, "grpo", tmp_path / "run", settings)
+    line = (
+        "rollout.engine: vLLM within a process serves that one alone, and there are 2: expected "
+        "vllm-server, or rollout.workers above 0"
+    )
+    assert errors == dict.fromkeys(("error-0", "error-1"), line)
 
 
 def test_a_process_holds_its_share_and_samples_by_the_whole(tmp_path):

@@ -12,6 +12,7 @@ from postgrad.api import resume, train
 from postgrad.errors import PostgradError
 from postgrad.methods.language import engines
 from postgrad.training.record import read_rows
+from several import together
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -105,6 +106,24 @@ def test_drawn_ahead_a_run_is_that_of_a_lagging_sampler(settings, tmp_path):
     for one, other in zip(simulated, found, strict=True):
         assert one.keys() <= other.keys()
         assert {key: other[key] for key in one} == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+def trained(output, settings):
+    train("grpo", output=output, **settings)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_several_training_processes_have_workers_together(settings, cluster, tmp_path, shard):
+    there = {"address": cluster.address}
+    train("grpo", output=tmp_path / "one", rollout=ahead(1), **settings)
+    more = settings | {"rollout": ahead(1, **there), "shard": shard}
+    assert not together(2, tmp_path / "processes", trained, tmp_path / "several", more)
+    for one, other in zip(untimed(tmp_path / "one"), untimed(tmp_path / "several"), strict=True):
+        names = [name for name in one if name in ("loss", "gradient_norm", "reward")]
+        assert [other[n] for n in names] == pytest.approx([one[n] for n in names], 1e-4, 1e-5)
+    runs = [with_restarts(tmp_path / name) for name in ("one", "several")]
+    one, other = (sum(row.get("rollout/pushes", 0) for row in rows) for rows in runs)
+    assert one == other > 0
 
 
 def test_drawn_ahead_repeats_resumes_and_outlives_its_workers(settings, orders, tmp_path):

@@ -62,9 +62,9 @@ def untied_config(network: nn.Module) -> Any:
 
 def save_untied(policy: TextNetwork, folder: str | Path) -> None:
     """Write a model as one whose output layer is its own matrix, equal to the embeddings."""
-    untied_config(policy.network).save_pretrained(folder)
+    untied_config(policy.whole_network).save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
-    save_weights(policy.network, Path(folder) / "model.safetensors")
+    save_weights(policy.whole_network, Path(folder) / "model.safetensors")
 
 
 def save_weights(network: nn.Module, path: Path) -> None:

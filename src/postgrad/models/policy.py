@@ -223,8 +223,8 @@ class LanguagePolicy(TextNetwork):
         per call; all else it shares.
         """
         network = self._network()
-        if network is self.network and self._whole:
-            network = self._whole[0]
+        if network is self.network:
+            network = self.whole_network
         device = self.device.type
         rounding = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if rounding else base_of(network).dtype
@@ -253,7 +253,7 @@ class LanguagePolicy(TextNetwork):
 
     def portable(self) -> tuple[nn.Module, Any]:
         """Network, in CPU memory, and tokenizer, for another process to make a policy of."""
-        copied = _sharing_copy(self.network, "cpu")
+        copied = _sharing_copy(self.whole_network, "cpu")
         for module in copied.modules():
             vars(module).pop("forward", None)  # the other policy finds out for itself
         return copied, self.tokenizer
@@ -264,7 +264,7 @@ class LanguagePolicy(TextNetwork):
         The folder loads with `AutoModelForCausalLM.from_pretrained`; an adapter is merged into the
         weights of a copy.
         """
-        network: Any = self._whole[0] if self._whole else self.network
+        network = self.whole_network
         if self.adapted:
             network = copy.deepcopy(network).merge_and_unload()
         network.save_pretrained(folder)

@@ -52,10 +52,8 @@ def skeleton_of(network: nn.Module) -> nn.Module:
 def filled(skeleton: nn.Module, network: nn.Module) -> nn.Module:
     """A copy of the skeleton with the values of `network`, gathered from all processes."""
     values = {
-        name: processes.whole(parameter).detach() for name, parameter in network.named_parameters()
+        name: nn.Parameter(processes.whole(p).detach(), requires_grad=p.requires_grad)
+        for name, p in network.named_parameters()
     }
-    memo = {
-        id(parameter): nn.Parameter(values[name], requires_grad=False)
-        for name, parameter in skeleton.named_parameters()
-    }
+    memo = {id(parameter): values[name] for name, parameter in skeleton.named_parameters()}
     return copy.deepcopy(skeleton, memo)

@@ -52,11 +52,10 @@ class TextNetwork(nn.Module):
         """Split the weights over all processes (FSDP2); to be called by all, before training.
 
         Raises:
-            PostgradError: the network has an adapter, or an engine draws in its place.
+            PostgradError: the network has an adapter.
         """
-        if self.adapted or getattr(self, "engine", None) is not None:
-            what = "tune=lora" if self.adapted else "rollout.engine"
-            raise PostgradError(f"shard: full weights alone can be sharded, not with {what}")
+        if self.adapted:
+            raise PostgradError("shard: full weights alone can be sharded, not with tune=lora")
         self._skeleton = (skeleton_of(self.network),)
         split(self, self.device)
 
@@ -71,6 +70,11 @@ class TextNetwork(nn.Module):
             yield
         finally:
             self._whole = ()
+
+    @property
+    def whole_network(self) -> Any:
+        """The network; of a sharded one the copy in one piece, inside `whole()`."""
+        return self._whole[0] if self._whole else self.network
 
     @property
     def shares_prefixes(self) -> bool:

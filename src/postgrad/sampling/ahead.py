@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from postgrad.models.policy import LanguagePolicy
-from postgrad.sampling.cluster import Asked, ClusterEngine
-from postgrad.sampling.engines import Drawn, Wanted
+from postgrad.sampling.engines import Asked, AsksAhead, Drawn, Wanted
 from postgrad.sampling.generation import Rollouts, rollouts_of
 
 
@@ -20,7 +19,7 @@ class Ahead:
         engine: of workers, which draw in the meantime.
     """
 
-    def __init__(self, policy: LanguagePolicy, engine: ClusterEngine):
+    def __init__(self, policy: LanguagePolicy, engine: AsksAhead):
         self._policy, self._engine = policy, engine
         self._asked: dict[int, Asked] = {}
         self._there: dict[int, list[Drawn]] = {}  # from a checkpoint

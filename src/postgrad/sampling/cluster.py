@@ -1,5 +1,6 @@
 """Responses drawn by workers on a Ray cluster: handed out in chunks, and again when one is lost."""
 
+import copy
 import importlib.util
 import logging
 import os
@@ -8,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +25,6 @@ from torch import Tensor
 from postgrad.errors import MissingExtra, PostgradError
 from postgrad.memory import keep_freed_memory
 from postgrad.models.policy import LanguagePolicy
-from postgrad.models.snapshots import Snapshot
 from postgrad.sampling.engines import Drawn, Engine, Wanted
 from postgrad.sampling.generation import draw_here
 
@@ -95,12 +95,12 @@ class Weights:
     def are_those_of(self, policy: LanguagePolicy) -> bool:
         return all(numpy.array_equal(_bytes(p), self._stored[n]) for n, p in _trainable(policy))
 
-    def in_place(self, policy: LanguagePolicy) -> Snapshot:
-        """A snapshot that lets the policy act by them."""
-        snapshot = Snapshot(policy)
-        for name, weight in snapshot.weights.items():
-            weight.copy_(_like(self._stored[name], weight))
-        return snapshot
+    def policy_of(self, policy: LanguagePolicy) -> LanguagePolicy:
+        """A copy of the policy with these weights."""
+        network, tokenizer = copy.deepcopy(policy.portable())
+        copied = LanguagePolicy(network.to(policy.device), tokenizer)
+        _put(self._stored, copied)
+        return copied
 
 
 @dataclass(eq=False)
@@ -153,10 +153,11 @@ class Asked:
         """The responses; where workers are lost for good, this process draws what is missing."""
         with suppress(PostgradError):
             return self.drawn()
-        with self.weights.in_place(policy).acting(), self.precision.autocast():
+        with torch.no_grad(), self.precision.autocast():
+            copied = self.weights.policy_of(policy)
             for chunk in self.chunks:
                 if self._drawn[chunk.start] is None:
-                    self.take(chunk, draw_here(policy, chunk.part))
+                    self.take(chunk, draw_here(copied, chunk.part))
         return [one for one in self._drawn if one is not None]
 
 
@@ -456,7 +457,9 @@ class Drawer:
         started = time.perf_counter()
         policy = self._policy
         if version != self._version:
-            self._load(weights[0])
+            import ray
+
+            _put(ray.get(weights[0]), policy)
             self._version = version
         with torch.no_grad(), precision.autocast():
             if policy.engine is None:
@@ -468,14 +471,6 @@ class Drawer:
             for one in drawn
         ]
         return arrays, time.perf_counter() - started
-
-    @torch.no_grad()
-    def _load(self, reference: Any) -> None:
-        import ray
-
-        stored = ray.get(reference)
-        for name, parameter in _trainable(self._policy):
-            parameter.copy_(_like(stored[name], parameter))
 
 
 def _connect(settings: ClusterSettings) -> bool:
@@ -545,7 +540,14 @@ def _cuts(prompts: Sequence[Tensor], size: int) -> list[tuple[int, int]]:
 
 
 def _trainable(policy: LanguagePolicy) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    return [(name, p) for name, p in policy.whole_network.named_parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _put(stored: Mapping[str, numpy.ndarray], policy: LanguagePolicy) -> None:
+    """Give the policy the weights that are in the store."""
+    for name, parameter in _trainable(policy):
+        parameter.copy_(_like(stored[name], parameter))
 
 
 def _bytes(tensor: Tensor) -> numpy.ndarray:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -84,4 +84,25 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of processes and memory; it may be called twice."""
+        ...
+
+
+class Asked(Protocol):
+    """Responses that are being drawn, by the weights that the policy had when it was asked."""
+
+    def drawn(self) -> list[Drawn]:
+        """The responses, once all are there."""
+        ...
+
+    def drawn_anyhow(self, policy: LanguagePolicy) -> list[Drawn]:
+        """The same; what the engine can no longer draw is drawn by a copy of the policy."""
+        ...
+
+
+@runtime_checkable
+class AsksAhead(Engine, Protocol):
+    """An engine that draws while this process does something else."""
+
+    def ask(self, policy: LanguagePolicy, wanted: Wanted) -> Asked:
+        """Have responses drawn by the policy's present weights, whatever they become meanwhile."""
         ...

@@ -136,7 +136,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         with tempfile.TemporaryDirectory(prefix="postgrad-vllm-") as folder:
             # vLLM packs an output layer apart on CPUs: tied, it would keep what it started with
-            untied_config(policy.network).save_pretrained(folder)
+            untied_config(policy.whole_network).save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
             with _one_lined():
                 from vllm import LLM
@@ -155,11 +155,11 @@ class VLLMEngine:
 
     def _take_up(self, policy: LanguagePolicy) -> None:
         """Give it the policy's present weights, unless it has them."""
-        now = checksum(policy.network)
+        now = checksum(policy.whole_network)
         if now == self._held:
             return
         with self._clock.timed("engine/weights_seconds"), _one_lined():
-            weights = exported_weights(policy.network)
+            weights = exported_weights(policy.whole_network)
             self._held = None
             self._engine.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": list(weights.items())}
@@ -219,7 +219,7 @@ class VLLMServer:
         self._clock = _Clock()
 
     def draw(self, policy: LanguagePolicy, wanted: Wanted) -> list[Drawn]:
-        if self._on_cpu and is_tied(policy.network):
+        if self._on_cpu and is_tied(policy.whole_network):
             raise PostgradError(
                 "rollout.server: behind a server on CPUs vLLM cannot take up the weights of an "
                 "output layer that is tied to the embeddings: train and serve a copy made by "
@@ -273,7 +273,7 @@ class VLLMServer:
     # Weights ---------------------------------------------------------------------------------
 
     def _take_up(self, policy: LanguagePolicy) -> None:
-        now = checksum(policy.network)
+        now = checksum(policy.whole_network)
         if (
             now == self._held
             and self._version is not None
@@ -282,7 +282,7 @@ class VLLMServer:
             return
         with self._clock.timed("engine/weights_seconds"):
             try:
-                save_weights(policy.network, self._exchange / "model.safetensors")
+                save_weights(policy.whole_network, self._exchange / "model.safetensors")
             except OSError as problem:
                 raise PostgradError(
                     f"rollout.exchange: cannot write the weights into {self._exchange}: "
@@ -419,7 +419,7 @@ def _sampling_dtype(policy: LanguagePolicy) -> torch.dtype:
     device = policy.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    dtype: torch.dtype = base_of(policy.network).dtype
+    dtype: torch.dtype = base_of(policy.whole_network).dtype
     return dtype
 
 

@@ -10,6 +10,7 @@ from postgrad.methods.base import Place
 from postgrad.models.policy import LanguagePolicy
 from postgrad.sampling.cluster import ClusterEngine, ClusterSettings
 from postgrad.sampling.engines import Engine
+from postgrad.sampling.first import EngineOfFirst
 from postgrad.sampling.vllm_engine import VLLMEngine, VLLMServer
 
 
@@ -90,14 +91,20 @@ def attach_engine(
             "rollout.workers: a vLLM server draws by itself: expected 0 with "
             f"rollout.engine=vllm-server, got {rollout.workers}"
         )
-    if rollout.workers and processes.count() > 1:
-        raise PostgradError(
-            f"rollout.workers: they serve one training process, and there are {processes.count()}: "
-            f"expected 0, got {rollout.workers}"
-        )
-    engine = cluster_engine(policy, rollout, place) or made_engine(rollout, place)
-    if engine is None:
+    if rollout.engine == "own" and not rollout.workers:
         return
+    if rollout.engine == "vllm" and not rollout.workers and processes.count() > 1:
+        raise PostgradError(
+            "rollout.engine: vLLM within a process serves that one alone, and there are "
+            f"{processes.count()}: expected vllm-server, or rollout.workers above 0"
+        )
+
+    def made() -> Engine:
+        engine = cluster_engine(policy, rollout, place) or made_engine(rollout, place)
+        assert engine is not None  # one is asked for
+        return engine
+
+    engine = made() if processes.count() == 1 else EngineOfFirst(made)
     if not engine.exact and not corrected and rollout.correction != "none":
         engine.close()
         raise PostgradError(
@@ -135,11 +142,6 @@ def cluster_engine(
 
 def made_engine(rollout: EngineSettings, place: Place) -> Engine | None:
     """The engine, or None where the policy draws for itself."""
-    if rollout.engine != "own" and processes.count() > 1:
-        raise PostgradError(
-            f"rollout.engine: {rollout.engine!r} serves one training process, and there are "
-            f"{processes.count()}: expected own"
-        )
     if rollout.engine == "vllm":
         return VLLMEngine(rollout.cache_gib)
     if rollout.engine == "vllm-server":
