@@ -94,8 +94,17 @@ CASES = {
     "slug", ["grpo", "policy-gradient", "ppo-language", "sft", "dpo", "lipo", "grace"]
 )
 def test_sharded_weights_learn_the_same(tmp_path, slug):
+    sharded_learns_the_same(tmp_path, slug)
+
+
+@pytest.mark.parametrize("slug", ["grpo", "dpo"])
+def test_sharded_weights_with_an_adapter_learn_the_same(tmp_path, slug):
+    sharded_learns_the_same(tmp_path, slug, tune="lora", lora={"rank": 3}, learning_rate=1e-2)
+
+
+def sharded_learns_the_same(tmp_path, slug, **more):
     rows = {"sft": ANSWERS, "dpo": PAIRS, "lipo": LISTS, "grace": TRIPLES}
-    settings = {**SUMS, "schedule": "constant", **CASES.get(slug, {})}
+    settings = {**SUMS, "schedule": "constant", **CASES.get(slug, {}), **more}
     if slug in rows:
         settings["data"] = write_rows(tmp_path / "rows.jsonl", rows[slug])
     else:
@@ -196,6 +205,34 @@ def test_vllm_within_a_process_is_refused_for_several(tmp_path):
         "vllm-server, or rollout.workers above 0"
     )
     assert errors == dict.fromkeys(("error-0", "error-1"), line)
+
+
+def adapted_reference():
+    """A sharded policy with an adapter that matters samples as its reference without it."""
+    from postgrad.models.language import LoraSettings, load_policy
+
+    with processes.joined():
+        policy = load_policy("tiny", tune="lora", lora=LoraSettings(rank=2))
+        prompts, settings = [policy.render("abc")] * 4, SamplingSettings(max_new_tokens=8)
+        before = generate(policy, prompts, settings, seeds=range(4))
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.5)
+        policy.shard()
+        after = generate(policy, prompts, settings, seeds=range(4))
+        with policy.reference():
+            found = generate(policy, prompts, settings, seeds=range(4))
+        assert any(not torch.equal(a, b) for a, b in zip(after.responses, before.responses,
+                                                         strict=True))  # fmt: skip
+        assert all(map(torch.equal, found.responses, before.responses))
+        torch.testing.assert_close(found.logprobs, before.logprobs, atol=1e-5, rtol=1e-4)
+        raise PostgradError("all is well")
+
+
+def test_the_reference_of_sharded_weights_has_no_adapter(tmp_path):
+    errors = together(2, tmp_path, adapted_reference)
+    assert errors == dict.fromkeys(("error-0", "error-1"), "all is well")
 
 
 def test_a_process_holds_its_share_and_samples_by_the_whole(tmp_path):

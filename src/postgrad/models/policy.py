@@ -123,7 +123,7 @@ class LanguagePolicy(TextNetwork):
         prompts, responses = self.checked(prompts, responses)
         own = self(predictions, self._network(), prompts, responses, self.shares_prefixes)
         with self.reference():
-            other = predictions(self._network(), prompts, responses, self.shares_prefixes)
+            other = self(predictions, self._network(), prompts, responses, self.shares_prefixes)
         _, mask = pad_right(responses)
         return spread(divergences(own, other, temperature), mask)
 
@@ -222,9 +222,18 @@ class LanguagePolicy(TextNetwork):
         too. So a copy of the network is used whose matrices are rounded, and on CPUs packed, once
         per call; all else it shares.
         """
-        network = self._network()
+        network: Any = self._network()
         if network is self.network:
             network = self.whole_network
+        if network is not self.network and self.adapted and self._in_reference:
+            with network.disable_adapter(), self._to_sample_from(network) as ready:
+                yield ready
+            return
+        with self._to_sample_from(network) as ready:
+            yield ready
+
+    @contextmanager
+    def _to_sample_from(self, network: nn.Module) -> Iterator[nn.Module]:
         device = self.device.type
         rounding = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if rounding else base_of(network).dtype
@@ -242,12 +251,10 @@ class LanguagePolicy(TextNetwork):
             # what switches the adapter off is kept in the modules, so its copy stays without it
             yield _sharing_copy(network) if self._in_reference and self.adapted else network
             return
-        if not self._rounded or self._in_reference:
-            rounded = _sharing_copy(network)
-        else:
-            rounded = self._rounded[0]
+        lasting = not self._in_reference and not self._whole
+        rounded = self._rounded[0] if lasting and self._rounded else _sharing_copy(network)
         _round_matrices(network, rounded, torch.get_autocast_dtype(device))
-        if not self._in_reference:
+        if lasting:
             self._rounded = (rounded,)
         yield rounded
 

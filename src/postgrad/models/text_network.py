@@ -49,13 +49,7 @@ class TextNetwork(nn.Module):
         return compute(*arguments)
 
     def shard(self) -> None:
-        """Split the weights over all processes (FSDP2); to be called by all, before training.
-
-        Raises:
-            PostgradError: the network has an adapter.
-        """
-        if self.adapted:
-            raise PostgradError("shard: full weights alone can be sharded, not with tune=lora")
+        """Split the weights over all processes (FSDP2); to be called by all, before training."""
         self._skeleton = (skeleton_of(self.network),)
         split(self, self.device)
 
