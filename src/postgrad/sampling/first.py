@@ -19,9 +19,15 @@ class EngineOfFirst:
         PostgradError: in all processes, what `make` raised.
     """
 
-    def __init__(self, make: Callable[[], Engine]):
+    def __init__(self, make: Callable[[], Engine | None]):
         self._made: list[Engine] = []
-        processes.agreed(lambda: self._made.append(make()))
+
+        def begin() -> None:
+            engine = make()
+            assert engine is not None
+            self._made.append(engine)
+
+        processes.agreed(begin)
         self.exact = processes.agreed(lambda: self._made[0].exact)
 
     def draw(self, policy: LanguagePolicy, wanted: Wanted) -> list[Drawn]:

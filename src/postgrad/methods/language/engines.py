@@ -91,20 +91,19 @@ def attach_engine(
             "rollout.workers: a vLLM server draws by itself: expected 0 with "
             f"rollout.engine=vllm-server, got {rollout.workers}"
         )
-    if rollout.engine == "own" and not rollout.workers:
-        return
     if rollout.engine == "vllm" and not rollout.workers and processes.count() > 1:
         raise PostgradError(
             "rollout.engine: vLLM within a process serves that one alone, and there are "
             f"{processes.count()}: expected vllm-server, or rollout.workers above 0"
         )
 
-    def made() -> Engine:
-        engine = cluster_engine(policy, rollout, place) or made_engine(rollout, place)
-        assert engine is not None  # one is asked for
-        return engine
+    def made() -> Engine | None:
+        return cluster_engine(policy, rollout, place) or made_engine(rollout, place)
 
-    engine = made() if processes.count() == 1 else EngineOfFirst(made)
+    elsewhere = rollout.workers > 0 or rollout.engine != "own"
+    engine = EngineOfFirst(made) if elsewhere and processes.count() > 1 else made()
+    if engine is None:
+        return
     if not engine.exact and not corrected and rollout.correction != "none":
         engine.close()
         raise PostgradError(
