@@ -502,3 +502,27 @@ def test_the_server_of_the_documentation(tmp_path):
 
 def test_the_client_is_the_one_that_the_extra_names():
     assert int(httpx2.__version__.split(".")[0]) >= 2
+
+
+def test_before_a_run_a_server_that_is_away_is_soon_given_up():
+    with serving(lengths) as url:
+        pass
+    with pytest.raises(PostgradError, match=r"no answer .*\(3 tries in"):
+        load_rewards(url).probe({"prompt": "a"})
+
+
+def test_during_a_run_it_is_waited_for_as_long_as_was_told():
+    tried = []
+
+    def answer(asked, handler):
+        tried.append(asked)
+        return (503, b"", {"Retry-After": "0"}) if len(tried) in (2, 3, 4, 5) else lengths(asked)
+
+    with serving(answer) as url:
+        reward = load_rewards({"url": url, "name": "slow", "retries": 4})
+        assert reward.probe({"prompt": "a", "answer": "abc"}) == {"slow": 3.0}
+        with pytest.raises(PostgradError, match="status 503"):
+            load_rewards({"url": url, "retries": 1}).probe({"prompt": "a"})
+        assert len(tried) == 3
+        assert reward(["p"], ["four"], {})[0] == [4.0]
+    assert len(tried) == 6

@@ -25,6 +25,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -222,7 +223,11 @@ class RewardSet:
         Returns each function's value for it.
         """
         prompts, completions, columns = trial(row)
-        _, terms = self(prompts, completions, {**columns, "completion_ids": [[0], [0]]})
+        servers = [t.function for t in self.terms if isinstance(t.function, RewardServer)]
+        with ExitStack() as stack:
+            for server in servers:
+                stack.enter_context(server.briefly())
+            _, terms = self(prompts, completions, {**columns, "completion_ids": [[0], [0]]})
         return {name: values[0] for name, values in terms.items()}
 
     def _checked(

@@ -11,7 +11,8 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from postgrad.rewards.running import gathered, outcome
 
 _SCHEMES = ("http://", "https://")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between tries
+_FIRST_RETRIES = 2  # before the run begins
 _LONGEST_ANSWER = 8 * 2**20  # bytes; far more than the rewards of any batch
 _SHOWN = 100  # characters of an answer in an error
 
@@ -92,7 +94,17 @@ class RewardServer:
         if importlib.util.find_spec("httpx2") is None:
             raise MissingExtra("httpx2", "remote")
         self.name = name or address.netloc + address.path
+        self._retries = self._settings.retries
         self._token()
+
+    @contextmanager
+    def briefly(self) -> Iterator[None]:
+        """Inside, it is soon given up, as nothing has been computed yet that would be lost."""
+        self._retries = min(_FIRST_RETRIES, self._settings.retries)
+        try:
+            yield
+        finally:
+            self._retries = self._settings.retries
 
     async def __call__(
         self, prompts: list[Any], completions: list[str], **columns: list[Any]
@@ -171,12 +183,12 @@ class RewardServer:
             else f"completion {start + 1}"
         )
         began = time.monotonic()
-        for tried in range(self._settings.retries + 1):
+        for tried in range(self._retries + 1):
             try:
                 return self._read(await self._answer(client, body), count)
             except _Passing as problem:
                 pause = min(_LONGEST_PAUSE, problem.pause or _FIRST_PAUSE * 2**tried)
-                if tried == self._settings.retries:
+                if tried == self._retries:
                     spent = time.monotonic() - began
                     more = f" ({tried + 1} tries in {spent:.0f} s)" if tried else ""
                     raise self._failure(of, f"{problem}{more}") from None
