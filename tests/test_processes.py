@@ -3,8 +3,10 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from language_runs import SMALL, untimed, write_rows
-from postgrad import processes
+from postgrad import launch, processes
 from postgrad.api import resume, train
 from postgrad.errors import PostgradError
-from postgrad.launch import layout
 from postgrad.sampling.first import EngineOfFirst
 from postgrad.sampling.generation import SamplingSettings, draw_here, generate, wanted
 from several import together
@@ -364,6 +365,33 @@ def test_the_command_starts_them_and_says_things_once(tmp_path):
     assert "Traceback" not in wrong.stderr
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def test_machines_that_meet_take_the_same_steps(tmp_path):
+    settings = ["batch_size=2", "steps=2", "log=[]", "report=false", "model=tiny", "data=addition"]
+    words = ["train", "grpo", *settings, "precision=fp32", "rollout.max_new_tokens=8"]
+    assert command(*words, f"output={tmp_path / 'one'}").returncode == 0
+    there = ["nodes=2", f"rendezvous=localhost:{free_port()}", f"output={tmp_path / 'two'}"]
+    # two launchers stand for two machines
+    with ThreadPoolExecutor() as machines:
+        first, second = machines.map(lambda _: command(*words, *there), range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert (first.stdout + second.stdout).count("run folder:") == 1
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
+def test_machines_that_do_not_meet_say_so(monkeypatch):
+    monkeypatch.setattr(launch, "_PATIENCE", 2)
+    address = f"localhost:{free_port()}"
+    line = f"rendezvous: 2 machines have not met at {address} within 2 s"
+    with pytest.raises(PostgradError, match=line):
+        launch.launch(launch.Layout(nodes=2, rendezvous=address), ["list"])
+
+
 def test_sigterm_saves_once_and_the_run_goes_on(tmp_path):
     settings = ["batch_size=2", "steps=100000", "log=[]", "report=false", "model=tiny"]
     run = tmp_path / "run"
@@ -392,10 +420,13 @@ def test_sigterm_saves_once_and_the_run_goes_on(tmp_path):
     [
         ({"nodes": 2}, "rendezvous: with nodes above 1, expected host:port"),
         ({"nodes": 2, "rendezvous": "here"}, "got 'here'"),
+        ({"nodes": 2, "rendezvous": "here:door"}, "got 'here:door'"),
+        ({"nodes": 2, "rendezvous": "localhost:65536"}, "got 'localhost:65536'"),
+        ({"nodes": 2, "rendezvous": "no.such.invalid:1"}, "there is no machine 'no.such.invalid'"),
         ({"processes": 0}, "processes: "),
         ({"processes": "many"}, "processes: "),
     ],
 )
 def test_a_wrong_layout_is_named(settings, message):
     with pytest.raises(PostgradError, match=message):
-        layout(settings)
+        launch.layout(settings)

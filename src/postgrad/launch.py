@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from postgrad.errors import PostgradError
 _KEYS = ("processes", "nodes", "rendezvous")
 _NAME = "postgrad"
 INTERRUPTED = 130  # a run that was stopped and can go on
+_PATIENCE = 600  # seconds in which all machines have to be there
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,22 @@ class Layout:
 def layout(settings: Mapping[str, Any]) -> Layout:
     """What settings say of processes; the rest of them is not looked at."""
     loop = validated(LoopSettings, {key: settings[key] for key in _KEYS if key in settings})
-    if loop.nodes > 1 and (loop.rendezvous or "").count(":") != 1:
+    if loop.nodes > 1:
+        _require_address(loop.rendezvous or "")
+    return Layout(loop.processes, loop.nodes, loop.rendezvous)
+
+
+def _require_address(text: str) -> None:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise PostgradError(
             "rendezvous: with nodes above 1, expected host:port of the first machine, the same on "
-            f"all of them, got {loop.rendezvous!r}"
+            f"all of them, got {text!r}"
         )
-    return Layout(loop.processes, loop.nodes, loop.rendezvous)
+    try:
+        socket.getaddrinfo(host.strip("[]"), port)
+    except OSError as error:
+        raise PostgradError(f"rendezvous: there is no machine {host!r}: {error.strerror}") from None
 
 
 def launch(wanted: Layout, arguments: Sequence[str]) -> int:
@@ -44,11 +56,16 @@ def launch(wanted: Layout, arguments: Sequence[str]) -> int:
 
     Torch's own launcher starts and watches them: if one ends with an error, so do all. Ctrl-C and
     SIGTERM are passed on to them.
+
+    Raises:
+        PostgradError: the machines do not find each other.
     """
     # processes say themselves what went wrong
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     cores = os.cpu_count() or 1
@@ -60,6 +77,7 @@ def launch(wanted: Layout, arguments: Sequence[str]) -> int:
         run_id=_NAME,
         rdzv_backend="c10d",
         rdzv_endpoint=wanted.rendezvous or "localhost:0",
+        rdzv_configs={"join_timeout": _PATIENCE},
         max_restarts=0,
         monitor_interval=0.1,
     )
@@ -70,4 +88,9 @@ def launch(wanted: Layout, arguments: Sequence[str]) -> int:
         return first.exitcode if first.exitcode > 0 else 1  # below 0: killed by a signal
     except SignalException:
         return INTERRUPTED
+    except RendezvousError as error:
+        raise PostgradError(
+            f"rendezvous: {wanted.nodes} machines have not met at {wanted.rendezvous} within "
+            f"{_PATIENCE} s: the same command has to run on each, and the first be reached there"
+        ) from error
     return 0
