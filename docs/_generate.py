@@ -22,6 +22,7 @@ import jinja2
 from postgrad.catalogue import Entry, entries, method_class
 from postgrad.cli import main
 from postgrad.config import LoopSettings
+from postgrad.evaluation.statistics import mean_interval
 from postgrad.methods.language.parts.choices import (
     AdvantageChoice,
     DenominatorChoice,
@@ -316,6 +317,37 @@ def four_parts_table() -> str:
     return _table(["Method", "Mask", "Denominator", "Advantage", "Likelihood gradient"], rows)
 
 
+def study_table() -> str:
+    """The committed study of all methods on verifiable rewards, the most accurate first."""
+    study = json.loads((ROOT / "recipes/results/study_verifiable.json").read_text(encoding="utf-8"))
+    methods: dict[str, dict[str, dict[str, list[float]]]] = study["methods"]
+    tasks = list(next(iter(methods.values())))
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    def interval(values: list[float]) -> str:
+        found = mean_interval(values)
+        return f"{found.mean:.2f} [{max(0.0, found.low):.2f}, {min(1.0, found.high):.2f}]"
+
+    def overall(slug: str, name: str) -> str:
+        known = [methods[slug][task][name] for task in tasks if name in methods[slug][task]]
+        return f"{mean([mean(values) for values in known]):.2f}" if known else ""
+
+    order = sorted(
+        methods, key=lambda slug: -mean([mean(methods[slug][t]["after"]) for t in tasks])
+    )
+    start = [f"{mean(next(iter(methods.values()))[task]['before']):.2f}" for task in tasks]
+    rows = [["*before*", *start, "", ""]]
+    for slug in order:
+        after = [interval(methods[slug][task]["after"]) for task in tasks]
+        others = [overall(slug, name) for name in ("silent groups", "entropy")]
+        rows.append([f"[{slug}](methods/{slug}.md)", *after, *others])
+    heads = ["Method", *(task.replace("_", " ") for task in tasks), "Silent groups", "Entropy"]
+    note = f"{study['budget']} samples a run, {study['seeds']} seeds, {study['date']}."
+    return f"{_table(heads, rows)}\n\n{note}"
+
+
 FILLED: dict[str, Callable[[], str]] = {
     "formats": formats_table,
     "verifiers": verifiers_table,
@@ -324,6 +356,7 @@ FILLED: dict[str, Callable[[], str]] = {
     "benchmarks": benchmarks_tables,
     "parts": parts_tables,
     "four-parts": four_parts_table,
+    "study-verifiable": study_table,
 }
 
 

@@ -8,7 +8,8 @@ there are kept, so an interrupted call continues.
 """
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def main(output: Path, budget: int, seeds: int, jobs: int) -> None:
         click.echo(f"{task.name}\n{table}\n")
         for method in methods:
             for seed in range(seeds):
-                own = together.setdefault((method, seed), [])
+                own = together.setdefault((Contender(method).method, seed), [])
                 own += rows_of(runs, task, method, seed)
     page = write_compare_report(
         [{"method": m, "seed": s, "metrics": rows} for (m, s), rows in together.items()],
@@ -176,17 +177,44 @@ def main(output: Path, budget: int, seeds: int, jobs: int) -> None:
         config={"samples a run": budget, "prompts a step": PROMPTS, "samples a prompt": SAMPLES,
                 "learning rate": RATE, "test problems": TESTED},
     )  # fmt: skip
-    finals: dict[str, dict[str, list[float]]] = {}
-    for (method, _), rows in together.items():
-        for task in TASKS:
-            name = f"evaluation/{task.title}"
-            values = [row[name] for row in rows if name in row]
-            if values:
-                finals.setdefault(method, {}).setdefault(task.title, []).append(values[-1])
-                finals[method].setdefault(f"{task.title} before", []).append(values[0])
-    study = {"budget": budget, "seeds": seeds, "accuracy": finals}
+    study = {
+        "budget": budget,
+        "seeds": seeds,
+        "date": time.strftime("%Y-%m-%d"),
+        "methods": summary(together),
+    }
     (output / "study.json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
     click.echo(f"page: {page}")
+
+
+def summary(
+    together: Mapping[tuple[str, int], list[dict[str, Any]]],
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Of every method and task, seed by seed: accuracy before and after, and what it went with.
+
+    Silent groups are those whose samples all have one reward, a mean over the steps; entropy is
+    that of the last step, in nats a token.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for (method, _), rows in together.items():
+        for task in TASKS:
+            columns = {
+                name: [row[key] for row in rows if key in row]
+                for name, key in (
+                    ("accuracy", f"evaluation/{task.title}"),
+                    ("silent groups", f"{task.title}/reward/degenerate_groups"),
+                    ("entropy", f"{task.title}/response/entropy"),
+                )
+            }
+            into = found.setdefault(method, {}).setdefault(task.title, {})
+            if columns["accuracy"]:
+            accuracy, silent, entropy = columns.values()
+            numbers = {"before": accuracy[:1], "after": accuracy[-1:], "entropy": entropy[-1:]}
+            numbers["silent groups"] = [sum(silent) / len(silent)] if silent else []
+            for name, values in numbers.items():
+                for value in values:
+                    into.setdefault(name, []).append(round(value, 4))
+    return found
 
 
 if __name__ == "__main__":

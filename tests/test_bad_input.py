@@ -206,6 +206,7 @@ VALUES = [
     ".",
     "/",
     "~",
+    "~nobody/x",
     "null",
     "1e5",
     "nan",
@@ -359,7 +360,7 @@ def faulty(slug, values, random):
 
 
 # that would be tried: a wait or a machine is what they ask for
-NEVER = {"threads"}
+NEVER = {"threads", "processes", "nodes", "rendezvous"}
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The library's commands as functions: what the command line calls, and Python users too."""
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -241,7 +242,7 @@ def _files(own: Settings) -> dict[str, Path]:
     """The local files that the settings name as data, by setting."""
     named = {key: getattr(own, key, None) for key in ("data", "eval_data")}
     files = {key: getattr(data, "name", None) for key, data in named.items()}
-    return {key: Path(name).expanduser() for key, name in files.items() if name}
+    return {key: Path(os.path.expanduser(name)) for key, name in files.items() if name}
 
 
 def _leave_behind(method: Method, path: Path, loop: LoopSettings) -> None:

@@ -110,7 +110,7 @@ CLAIM = Claim(
     statement="Shaping the advantage makes the policy call its tool earlier than DAPO does.",
     task="sums such as 7*8+5 with a calculator: a small transformer, shown responses that begin "
     "with 0 to 20 dots, a fifth of them without a call and three tenths of the calls wrong; 30 "
-    "steps of 16 prompts with 8 samples; 500 sampled responses to other draws of the same sums; a "
+    "steps of 16 prompts with 8 samples; 1000 sampled responses to other draws of the same sums; a "
     "response without a call counts as one at the limit of 36 tokens",
     metric=FIRST,
     higher_is_better=False,

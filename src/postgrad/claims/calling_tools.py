@@ -15,7 +15,7 @@ from postgrad.sampling.conversations import Conversations, Tool, converse
 from postgrad.sampling.drawing import SamplingSettings
 from postgrad.tasks.formats import Row
 
-STEPS, PROMPTS, SAMPLES, TESTED = 30, 16, 8, 500
+STEPS, PROMPTS, SAMPLES, TESTED = 30, 16, 8, 1000
 _BATCH, _RATE = 128, 5e-3
 
 

@@ -17,7 +17,7 @@ from postgrad.tasks.formats import Row
 METRIC, ACCURACY, RECORD = "length of correct answers", "accuracy", "mean record"
 FILLER, MOST, BUDGET = ".", 12, 8
 ROWS, PROMPTS, SAMPLES, EPOCHS, DIGITS = 64, 16, 8, 10, 2
-TARGET, TESTED = 0.6, 500
+TARGET, TESTED = 0.6, 1000
 
 
 def _fill(digits: str, chance: random.Random) -> str:

@@ -135,7 +135,7 @@ CLAIM = Claim(
     task="the value of the value of a key in a random table, which can be looked up: a small "
     "transformer, shown how to read what was found, and responses with one to three look-ups "
     "of which a quarter are on purpose; 30 steps "
-    "of 16 questions with 8 samples in at most 4 turns; 500 sampled responses to other questions",
+    "of 16 questions with 8 samples in at most 4 turns; 1000 sampled responses to other questions",
     metric=ACCURACY,
     higher_is_better=True,
     method="IGPO",

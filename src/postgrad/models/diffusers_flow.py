@@ -4,6 +4,7 @@ The transformer is the velocity and the only part that is trained; text encoders
 they are. Needs the extra `diffusion` (and `lora` for adapters).
 """
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -240,7 +241,7 @@ def load_diffusers_flow(
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise MissingExtra("diffusers", "diffusion") from error
-    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+    if os.path.isdir(name) and not (Path(name) / "model_index.json").is_file():
         raise PostgradError(
             f"model: the folder {name} is no diffusers pipeline: no model_index.json"
         )

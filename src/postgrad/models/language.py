@@ -1,6 +1,7 @@
 """Language policies by name: an embedded model, a local folder, or a model of the Hub."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +76,8 @@ def _load(
 
 def _checked(name: str) -> str:
     """The name of a folder with a model in it, or what looks like a Hub id."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise PostgradError(
                 f"folder {name!r} has no config.json: expected a model in Hugging Face format"

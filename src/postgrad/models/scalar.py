@@ -1,6 +1,7 @@
 """Language models with one number a token in place of words: reward models and critics."""
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -125,8 +126,8 @@ class ScalarModel(TextNetwork):
 
 def is_reward_model(name: str, *, trust_remote_code: bool = False) -> bool:
     """Whether a folder, or a Hub id, names a reward model and not a language model."""
-    folder = Path(name).expanduser()
-    if not (folder / "config.json").is_file() and name.count("/") != 1:
+    folder = os.path.expanduser(name)
+    if not os.path.isfile(os.path.join(folder, "config.json")) and name.count("/") != 1:
         return False  # an embedded model, or nothing
     from transformers import AutoConfig
 

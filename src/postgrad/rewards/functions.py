@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -376,7 +377,7 @@ def _of_the_library(name: str, settings: dict[str, Any], what: str) -> RewardFun
     """A verifier, or the reward model in a folder; None if the name is neither."""
     if name in VERIFIERS:
         return _made(what, VERIFIERS[name], settings)
-    folder = Path(name).expanduser().is_dir()
+    folder = os.path.isdir(os.path.expanduser(name))
     if not folder and name != _LEARNED:
         return None
     from postgrad.rewards.learned import learned_reward  # imports transformers
@@ -399,7 +400,7 @@ def _made(
 
 def _no_reward_model(name: str) -> PostgradError:
     """The error for a folder that is not there, suggesting the nearest model."""
-    missing = Path(name).expanduser()
+    missing = Path(os.path.expanduser(name))
     nearest = next(parent for parent in missing.parents if parent.is_dir())
     patterns = ("config.json", "*/config.json", "*/model/config.json")
     there = [str(file.parent) for pattern in patterns for file in nearest.glob(pattern)]
@@ -420,9 +421,10 @@ def _check_settings(
 
 
 def _import_file(what: str, place: str) -> Any:
-    path = Path(place).expanduser().resolve()
-    if not path.is_file():
+    path = Path(os.path.expanduser(place))
+    if not os.path.isfile(path):
         raise PostgradError(f"{what}: no such file {place}")
+    path = path.resolve()
     _importable(path.parent)
     specification = importlib.util.spec_from_file_location(path.stem, path)
     if specification is None or specification.loader is None:

@@ -1,5 +1,6 @@
 """A reward that was learnt: a reward model from a run of `reward-modeling`, a folder or the Hub."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,15 @@ def learned_reward(
         raise PostgradError(f"reward {model!r}: chat is true or false, got {chat!r}")
     if precision not in _PRECISIONS:
         raise unknown("precision of a reward model", str(precision), _PRECISIONS)
-    folder = Path(model).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder) and not (folder / "config.json").is_file():
         inner = " (the reward model of a run is its folder `model`)"
         raise PostgradError(
             f"reward {model!r}: the folder holds no config.json of a reward model"
             f"{inner if (folder / 'model').is_dir() else ''}"
         )
     found = load_scalar(
-        str(folder) if folder.is_dir() else model,
+        str(folder) if os.path.isdir(folder) else model,
         dtype=_PRECISIONS[precision],
         device=_device(device),
         trust_remote_code=trust_remote_code,

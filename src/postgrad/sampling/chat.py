@@ -137,7 +137,7 @@ class RememberingChat(ABC):
     def __init__(self, identity: str, cache: str | Path | None):
         self.counts = Counts()
         self._identity = identity
-        self._file = Path(cache).expanduser() if cache is not None else None
+        self._file = Path(os.path.expanduser(cache)) if cache is not None else None
         self._known: dict[str, str] = {} if self._file is None else _opened(self._file)
 
     @abstractmethod

@@ -499,7 +499,7 @@ def _connect(settings: ClusterSettings) -> bool:
             except (ConnectionError, RuntimeError, ValueError) as problem:
                 raise PostgradError(
                     f"rollout.address: there is no Ray cluster at {address!r}: "
-                    f"{_first_line(problem)}"
+                    f"{_first_line(problem)} (if it wants a token, RAY_AUTH_MODE=token sends it)"
                 ) from problem
     _require_room(settings)
     return owned

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -49,9 +50,9 @@ def read_file(path: Path, name: str) -> Numbered:
 
 def is_file_name(name: str) -> bool:
     """Whether `name` means a local file: it exists, or it ends or begins as only files do."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
-    return kind in _READERS or name[0] in "./~" or path.is_file()
+    return kind in _READERS or name[0] in "./~" or os.path.isfile(path)
 
 
 def _nearest(path: Path) -> str:

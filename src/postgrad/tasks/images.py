@@ -1,6 +1,7 @@
 """Labelled images for representation learning: scikit-learn's digits, or a folder of images."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ _DIGITS = {"head": 150, "decay": 0.7, "size": 8}
 
 def is_images(name: str) -> bool:
     """Whether `name` means images: the digits, or a folder."""
-    return name == "digits" or Path(name).is_dir()
+    return name == "digits" or os.path.isdir(name)
 
 
 def load_images(
@@ -155,7 +156,7 @@ def _digits(options: ImageOptions) -> tuple[numpy.ndarray, numpy.ndarray, tuple[
 def _folder(
     folder: Path, options: ImageOptions
 ) -> tuple[numpy.ndarray, numpy.ndarray, tuple[str, ...]]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise PostgradError(
             f"data: {str(folder)!r} is neither 'digits' nor a folder with one subfolder a class"
         )

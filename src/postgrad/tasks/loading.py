@@ -1,5 +1,6 @@
 """One name in, examples out: embedded tasks, local files and the Hugging Face Hub."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def load(
                 f"{name}: a file has one split, train; got {base!r} (to hold a part out, use "
                 "train[:90%] and train[90%:])"
             )
-        rows, numbers = read_file(Path(name).expanduser(), name)
+        rows, numbers = read_file(Path(os.path.expanduser(name)), name)
         examples = Examples.from_rows(
             rows, name=name, format=format, columns=columns, numbers=numbers
         )

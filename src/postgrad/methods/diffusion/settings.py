@@ -1,5 +1,6 @@
 """What the methods on flow models share: their settings, and how a policy and prompts are found."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,14 +70,14 @@ def find_flow(config: FlowSettings, place: Place, model: FlowPolicy | None = Non
     if model is not None:
         return model.to(place.device)
     name, folder = config.model, Path(config.model)
-    if name == "digits-flow" or (folder / "flow.json").is_file():
+    if name == "digits-flow" or os.path.isfile(folder / "flow.json"):
         if config.tune == "lora":
             raise PostgradError(
                 f"tune: {name} is small and trained in full, 'lora' is for diffusers"
             )
         small = digits_flow() if name == "digits-flow" else load_class_flow(folder)
         return small.to(place.device)
-    if not folder.is_dir() and "/" not in name:
+    if not os.path.isdir(folder) and "/" not in name:
         raise unknown("model", name, ["digits-flow"])
     return load_diffusers_flow(
         name,
