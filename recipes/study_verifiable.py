@@ -207,7 +207,6 @@ def summary(
                 )
             }
             into = found.setdefault(method, {}).setdefault(task.title, {})
-            if columns["accuracy"]:
             accuracy, silent, entropy = columns.values()
             numbers = {"before": accuracy[:1], "after": accuracy[-1:], "entropy": entropy[-1:]}
             numbers["silent groups"] = [sum(silent) / len(silent)] if silent else []
