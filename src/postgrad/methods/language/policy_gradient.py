@@ -170,7 +170,8 @@ class SampledPolicyGradient(Method):
         bonus = self.config.entropy_coefficient
         scores = self._score(batch, entropy=bonus > 0)
         per_token, metrics = self.token_losses(batch, scores)
-        if self.correction.needed:
+        # of older samples the old log-probabilities are the engine's: nothing is left to correct
+        if self.correction.needed and not self.stale:
             old = self.estimator.old_logprobs(batch, scores)
             per_token = per_token * self.correction.weights(batch, old, self.drawn(batch, scores))
         if self.config.kl_coefficient > 0:
