@@ -8,6 +8,7 @@ import torch
 
 from postgrad.errors import PostgradError
 from postgrad.models.language import load_policy
+from postgrad.notices import heard_by
 from postgrad.sampling.cluster import ClusterEngine, ClusterSettings
 from postgrad.sampling.generation import SamplingSettings, draw_here, generate, wanted
 
@@ -175,4 +176,21 @@ def test_the_number_of_workers_makes_no_difference(crew, cluster, policy, expect
 
 def test_a_cluster_without_room_is_refused(cluster, policy):
     with pytest.raises(PostgradError, match=r"^rollout.workers: 40 workers need 40 CPUs, and the"):
-        ClusterEngine(policy, ClusterSettings(40))
+        ClusterEngine(policy, ClusterSettings(40, patience=0.1))
+
+
+def test_nodes_that_come_up_later_are_waited_for(cluster, policy):
+    lines, added = [], []
+
+    def hear(line):
+        lines.append(line)
+        added.append(cluster.add_node(num_cpus=8, object_store_memory=100 * 2**20))
+
+    with heard_by(hear):
+        engine = ClusterEngine(policy, ClusterSettings(10, patience=100))
+    try:
+        (line,) = lines
+        assert line.endswith("has 3: waiting for nodes at most 100 s (rollout.worker_patience)")
+    finally:
+        engine.close()
+        cluster.remove_node(added[0])

@@ -25,6 +25,7 @@ from torch import Tensor
 from postgrad.errors import MissingExtra, PostgradError
 from postgrad.memory import keep_freed_memory
 from postgrad.models.policy import LanguagePolicy
+from postgrad.notices import say
 from postgrad.sampling.engines import Drawn, Engine, Wanted
 from postgrad.sampling.generation import draw_here
 
@@ -53,7 +54,8 @@ class ClusterSettings:
         gpus: GPUs of a worker.
         chunk: responses that a worker draws at a time, at least; those to one prompt are never
             parted, for their prompt is computed once.
-        patience: seconds in which a worker has to come up when there is no other left.
+        patience: seconds in which a worker has to come up when there is no other left, and a
+            cluster of others to have room for all at the start.
     """
 
     workers: int
@@ -176,7 +178,7 @@ class ClusterEngine:
         exact: whether a worker draws what this process would draw.
 
     Raises:
-        PostgradError: the cluster cannot be reached, or has no room for the workers.
+        PostgradError: the cluster cannot be reached, or has no room for the workers in time.
         MissingExtra: Ray is not installed.
     """
 
@@ -501,7 +503,8 @@ def _connect(settings: ClusterSettings) -> bool:
                     f"rollout.address: there is no Ray cluster at {address!r}: "
                     f"{_first_line(problem)} (if it wants a token, RAY_AUTH_MODE=token sends it)"
                 ) from problem
-    _require_room(settings)
+    here = owned and address is None
+    _require_room(settings, 0 if here else settings.patience)
     return owned
 
 
@@ -514,18 +517,31 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _require_room(settings: ClusterSettings) -> None:
+def _require_room(settings: ClusterSettings, patience: float) -> None:
+    """Wait so many seconds for nodes that are still to come up, then refuse."""
+    deadline = time.monotonic() + patience
+    told = False
+    while problem := _lack_of_room(settings):
+        if time.monotonic() > deadline:
+            raise PostgradError(problem)
+        if not told:
+            say(f"{problem}: waiting for nodes at most {patience:g} s (rollout.worker_patience)")
+            told = True
+        time.sleep(0.5)
+
+
+def _lack_of_room(settings: ClusterSettings) -> str | None:
     import ray
 
     there = ray.cluster_resources()
     for name, each in (("CPU", settings.cpus), ("GPU", settings.gpus)):
-        needed = settings.workers * each
-        if needed > there.get(name, 0):
-            found = there.get(name, 0)
-            raise PostgradError(
+        needed, found = settings.workers * each, there.get(name, 0)
+        if needed > found:
+            return (
                 f"rollout.workers: {settings.workers} workers need {needed:g} {name}s, and the "
                 f"Ray cluster has {found:g}"
             )
+    return None
 
 
 def _cuts(prompts: Sequence[Tensor], size: int) -> list[tuple[int, int]]:

@@ -37,7 +37,9 @@ class EngineSettings(Settings):
         0, "steps that workers draw ahead, by weights as many steps old; 0: on-policy", ge=0
     )
     worker_patience: float = setting(
-        600.0, "seconds in which a worker has to come up when all others are lost", gt=0
+        600.0,
+        "seconds in which a cluster has to have room, and a worker to come up when all are lost",
+        gt=0,
     )
     cache_gib: float = setting(4.0, "engine=vllm: GiB that it keeps for keys and values", gt=0)
     server: str = setting(
