@@ -12,7 +12,9 @@ import click
 from postgrad import __version__
 from postgrad.catalogue import entries, require_implemented
 from postgrad.errors import PostgradError
-from postgrad.visible import visible
+from postgrad.visible import shortened, visible
+
+_LONGEST_ERROR = 1500  # characters: a wrong value may be as long as a book
 
 
 class Commands(click.Group):
@@ -28,7 +30,8 @@ class Commands(click.Group):
                 from postgrad.secrecy import blanked
 
                 line = " ".join(str(error).split())  # names of files and keys may hold line breaks
-                click.echo(f"error: {visible(blanked(line))}", err=True)
+                line = shortened(visible(blanked(line)), _LONGEST_ERROR)
+                click.echo(f"error: {line}", err=True)
             context.exit(2)
 
 
