@@ -1,6 +1,7 @@
 """What breaks around a run: disks, clocks, machines, files. Nothing is lost, and a line says so."""
 
 import errno
+import importlib.util
 import json
 import os
 import random
@@ -502,3 +503,12 @@ def test_folders_for_runs_that_start_in_the_same_second(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(names) == sorted({"x", *(f"x-{number}" for number in range(2, 21))})
+
+
+def test_a_package_for_metrics_that_is_not_there_is_named_before_a_folder_is_made(tmp_path):
+    absent = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
+    if not absent:
+        pytest.skip("both packages are installed")
+    with pytest.raises(PostgradError, match=rf"needs the package '{absent[0]}'"):
+        train("grpo", **{**GRPO, "log": absent}, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

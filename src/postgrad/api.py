@@ -28,7 +28,15 @@ from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
 from postgrad.training.loop import CanBeSharded, Finished, Loop, pick_device, writable
 from postgrad.training.optimise import native_precision
-from postgrad.training.record import RUN, NoFolder, RunFolder, Sources, is_run, read_config
+from postgrad.training.record import (
+    RUN,
+    NoFolder,
+    RunFolder,
+    Sources,
+    is_run,
+    read_config,
+    require_trackers,
+)
 
 # keys that may change from one part of a run to the next: results do not depend on them
 _FREE = (
@@ -177,6 +185,7 @@ def _place_for(slug: str, loop: LoopSettings, resumed: bool) -> Path:
                 "or choose another folder"
             )
         writable(path)
+    require_trackers(loop.log)
     if "prometheus" in loop.log:
         from postgrad.training import prometheus
 

@@ -1,5 +1,6 @@
 """The run folder: configuration, metrics, samples, events; append-only and cut back on resume."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -267,6 +268,13 @@ class NoFolder(RunFolder):
 
 def _line(row: dict[str, Any]) -> str:
     return blanked(json.dumps(row, ensure_ascii=False)) + "\n"
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Stop before a run is begun if a package that its metrics go to is not there."""
+    for name in names:
+        if name in ("tensorboard", "wandb", "trackio") and importlib.util.find_spec(name) is None:
+            raise MissingExtra(name, name)
 
 
 def _tensorboard(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
