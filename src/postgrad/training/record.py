@@ -205,7 +205,7 @@ class Sources:
     """
 
     def __init__(self, files: Mapping[str, Path]):
-        self._files = {name: path for name, path in files.items() if _is_file(path)}
+        self._files = {name: path for name, path in files.items() if os.path.isfile(path)}
         self.digests = {name: digest(path) for name, path in self._files.items()}
         self._stamps = {name: _stamp(path) for name, path in self._files.items()}
 
@@ -228,13 +228,6 @@ class Sources:
                 "it read, but can only be resumed with the file as it was, or --allow-changes"
             )
         return lines
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have: who reads it says so
-        return False
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -42,12 +42,12 @@ def read_shares(folder: Path, in_shares: bool) -> dict[str, Tensor]:
     With `in_shares` all processes must call it; a tensor that one process wrote is read whole.
     """
     reader = HuggingFaceStorageReader(str(folder))
+    mesh = init_device_mesh("cpu", (processes.count(),)) if in_shares else None
     into: dict[str, Tensor] = {}
     for name, found in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(found, TensorStorageMetadata)  # safetensors hold nothing else
         kind = found.properties.dtype
-        if in_shares and len(found.chunks) > 1:
-            mesh = init_device_mesh("cpu", (processes.count(),))
+        if mesh is not None and len(found.chunks) > 1:
             into[name] = empty(found.size, dtype=kind, device_mesh=mesh, placements=[Shard(0)])
         else:
             into[name] = torch.empty(found.size, dtype=kind)
