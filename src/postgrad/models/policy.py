@@ -265,18 +265,6 @@ class LanguagePolicy(TextNetwork):
             vars(module).pop("forward", None)  # the other policy finds out for itself
         return copied, self.tokenizer
 
-    def save(self, folder: str | Any) -> None:
-        """Write configuration, weights (safetensors), tokenizer and generation settings.
-
-        The folder loads with `AutoModelForCausalLM.from_pretrained`; an adapter is merged into the
-        weights of a copy.
-        """
-        network = self.whole_network
-        if self.adapted:
-            network = copy.deepcopy(network).merge_and_unload()
-        network.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
 
 def _end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:
     settings = getattr(base, "generation_config", None)

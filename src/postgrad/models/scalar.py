@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -45,7 +44,7 @@ class ScalarModel(TextNetwork):
         config.pad_token_id = other.tokenizer.pad_token_id
         with torch.device("meta"):  # the weights are replaced at once
             network: Any = AutoModelForSequenceClassification.from_config(config)
-        body = copy.deepcopy(base_of(_merged(other)).base_model).requires_grad_(True)
+        body = copy.deepcopy(base_of(other.merged()).base_model).requires_grad_(True)
         setattr(network, network.base_model_prefix, body)
         head = nn.Linear(network.score.in_features, 1, bias=False)
         nn.init.zeros_(head.weight)
@@ -117,12 +116,6 @@ class ScalarModel(TextNetwork):
             numbers: Tensor = self.head(states.to(next(self.head.parameters()).dtype))
         return numbers.squeeze(-1).float()
 
-    def save(self, folder: str | Path) -> None:
-        """Write a folder that `AutoModelForSequenceClassification.from_pretrained` loads."""
-        network: Any = self._whole[0] if self._whole else _merged(self)
-        network.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
 
 def is_reward_model(name: str, *, trust_remote_code: bool = False) -> bool:
     """Whether a folder, or a Hub id, names a reward model and not a language model."""
@@ -168,10 +161,3 @@ def load_scalar(
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise PostgradError(f"reward model {name!r} cannot be loaded: {reason[0]}") from problem
     return ScalarModel(network.to(device), tokenizer)
-
-
-def _merged(model: TextNetwork) -> Any:
-    """The network, with an adapter merged into the weights of a copy."""
-    if not model.adapted:
-        return model.network
-    return copy.deepcopy(model.network).merge_and_unload()

@@ -1,7 +1,9 @@
 """A transformers network with its tokenizer: what policies, reward models and critics share."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -69,6 +71,20 @@ class TextNetwork(nn.Module):
     def whole_network(self) -> Any:
         """The network; of a sharded one the copy in one piece, inside `whole()`."""
         return self._whole[0] if self._whole else self.network
+
+    def merged(self) -> Any:
+        """The whole network; of an adapted one a copy, with the adapter merged into its weights."""
+        network = self.whole_network
+        return copy.deepcopy(network).merge_and_unload() if self.adapted else network
+
+    def save(self, folder: str | Path) -> None:
+        """Write configuration, weights (safetensors), tokenizer and generation settings.
+
+        The folder loads with the `from_pretrained` of the network's transformers class; an adapter
+        is merged into the weights of a copy.
+        """
+        self.merged().save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     @property
     def shares_prefixes(self) -> bool:
