@@ -271,10 +271,8 @@ def require_trackers(names: Iterable[str]) -> None:
 
 
 def _tensorboard(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtra("tensorboard", "tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(path / "events"), purge_step=step + 1)
 
     def track(step: int | None, values: dict[str, float]) -> None:
@@ -287,10 +285,8 @@ def _tensorboard(path: Path, name: str, config: dict[str, Any], step: int) -> An
 
 
 def _wandb(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingExtra("wandb", "wandb") from error
+    import wandb
+
     run = wandb.init(
         project="postgrad", name=name, dir=str(path), config=config, id=path.name, resume="allow"
     )
@@ -298,10 +294,8 @@ def _wandb(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
 
 
 def _trackio(path: Path, name: str, config: dict[str, Any], step: int) -> Any:
-    try:
-        import trackio
-    except ImportError as error:
-        raise MissingExtra("trackio", "trackio") from error
+    import trackio
+
     trackio.init(project="postgrad", name=path.name, config=config, resume="allow")
     return lambda step, values: trackio.finish() if step is None else trackio.log(values, step=step)
 
