@@ -224,6 +224,13 @@ def test_mistakes_on_the_command_line(refused, pattern, arguments):
     refused(pattern, *arguments)
 
 
+def test_a_setting_given_as_an_option_is_told_how(call):
+    result = call("train", "grpo", "--batch-size", "3")
+    assert result.exit_code == 2
+    assert "Settings are given without dashes: batch_size=VALUE" in result.stderr
+    assert "VALUE" not in call("inspect", "--batch-size", "3").stderr
+
+
 @pytest.mark.parametrize(
     ("pattern", "content"),
     [

@@ -23,6 +23,12 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except click.NoSuchOption as error:
+            if error.ctx and _takes_settings(error.ctx.command):
+                key = error.option_name.lstrip("-").replace("-", "_")
+                line = f"{error.format_message()} Settings are given without dashes: {key}=VALUE"
+                raise click.UsageError(line, error.ctx) from error
+            raise
         except PostgradError as error:
             if context.params.get("debug"):
                 raise
@@ -33,6 +39,10 @@ class Commands(click.Group):
                 line = shortened(visible(blanked(line)), _LONGEST_ERROR)
                 click.echo(f"error: {line}", err=True)
             context.exit(2)
+
+
+def _takes_settings(command: click.Command) -> bool:
+    return any("KEY=VALUE" in p.make_metavar(click.Context(command)) for p in command.params)
 
 
 def _speaks() -> bool:
@@ -48,6 +58,9 @@ def main(debug: bool) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # what a terminal or file cannot hold of a model's words is written as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        # transformers' bars redraw themselves, which fills a log file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _complete_method(context: click.Context, argument: click.Parameter, typed: str) -> list[str]:
