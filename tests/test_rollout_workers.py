@@ -49,7 +49,7 @@ def test_methods_that_cannot_draw_ahead_say_why(tmp_path, slug, settings, why):
         ),
         (
             {"rollout": AHEAD, "sync_delay": 1},
-            "sync_every, sync_delay: with rollout.stale the workers' weights are older already: "
+            "sync_every, sync_delay: with rollout.stale the weights that draw are older already: "
             "expected 1 and 0",
         ),
         (
@@ -59,8 +59,9 @@ def test_methods_that_cannot_draw_ahead_say_why(tmp_path, slug, settings, why):
         ),
         (
             {"rollout": AHEAD, "mask": "gtpo"},
-            "sync_every, sync_delay, replay, rollout.stale: the mask of GTPO takes the policy to "
-            "be the one that sampled, so expected 1, 0, 0 and 0: no older policy may sample",
+            "sync_every, sync_delay, replay, rollout.stale, carry: the mask of GTPO takes the "
+            "policy to be the one that sampled, so expected 1, 0, 0, 0 and 0: no older policy may "
+            "sample",
         ),
         (
             {"rollout": {"workers": 1, "engine": "vllm-server"}},

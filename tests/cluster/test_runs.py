@@ -94,6 +94,14 @@ def test_windows_of_long_responses_are_carried_over(settings, tmp_path):
     assert run.method.slots.state_dict()["begun"]
 
 
+def test_prompts_that_take_long_are_carried_over(settings, tmp_path):
+    more = {"carry": 1, "window": 2, **settings}
+    train("grpo", output=tmp_path / "here", rollout=ROLLOUT, **more)
+    train("grpo", output=tmp_path / "there", rollout={**ROLLOUT, **WORKERS}, **more)
+    assert same_weights(tmp_path / "here", tmp_path / "there")
+    assert "rollout/carried" in read_rows(tmp_path / "there" / "metrics.jsonl")[-1]
+
+
 def test_drawn_ahead_a_run_is_that_of_a_lagging_sampler(settings, tmp_path):
     settings |= {"steps": 5, "learning_rate": 1e-2}
     lagging = {"sync_delay": 2, "rollout": ROLLOUT}

@@ -19,9 +19,16 @@ class Epochs:
         self.per_epoch = n // self.size
         self._n = n
         self._seed = seed
+        self._last: tuple[int, Tensor] | None = None  # an epoch and its order
 
     def indices(self, step: int) -> Tensor:
         """The items `[size]` of collected batch `step` (from 0)."""
         epoch, position = divmod(step, self.per_epoch)
-        order = torch.randperm(self._n, generator=generator(self._seed, "order", epoch))
-        return order[position * self.size : (position + 1) * self.size]
+        if self._last is None or self._last[0] != epoch:
+            random = generator(self._seed, "order", epoch)
+            self._last = epoch, torch.randperm(self._n, generator=random)
+        return self._last[1][position * self.size : (position + 1) * self.size]
+
+    def item(self, number: int) -> int:
+        """The item that is seen after `number` others."""
+        return int(self.indices(number // self.size)[number % self.size])

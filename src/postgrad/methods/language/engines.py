@@ -82,7 +82,8 @@ def attach_engine(
         PostgradError: the engine cannot be had, or not for this policy or method.
     """
     if rollout.stale and not ahead:
-        raise not_ahead(rollout, "learns from responses of its present policy")
+        why = "learns from responses of its present policy"
+        raise not_older("rollout.stale", rollout.stale, why)
     if rollout.stale and not rollout.workers:
         raise PostgradError(
             "rollout.stale: workers draw ahead, and rollout.workers is 0; in this process "
@@ -115,9 +116,9 @@ def attach_engine(
     policy.engine = engine
 
 
-def not_ahead(rollout: EngineSettings, reason: str) -> PostgradError:
-    """The error where nothing can be drawn ahead, as this method does what `reason` says."""
-    return PostgradError(f"rollout.stale: this method {reason}: expected 0, got {rollout.stale}")
+def not_older(key: str, value: int, reason: str) -> PostgradError:
+    """The error where responses cannot be of older weights, as a method does what `reason` says."""
+    return PostgradError(f"{key}: this method {reason}: expected 0, got {value}")
 
 
 def cluster_engine(

@@ -138,8 +138,8 @@ def require_one_update(around: Around, what: str) -> None:
         )
     if around.stale:
         raise PostgradError(
-            f"sync_every, sync_delay, replay, rollout.stale: {what} takes the policy to be the one "
-            "that sampled, so expected 1, 0, 0 and 0: no older policy may sample"
+            f"sync_every, sync_delay, replay, rollout.stale, carry: {what} takes the policy to be "
+            "the one that sampled, so expected 1, 0, 0, 0 and 0: no older policy may sample"
         )
 
 

@@ -12,13 +12,14 @@ from postgrad.errors import PostgradError
 from postgrad.methods.agents.tools import ToolChoice, made_tool
 from postgrad.methods.base import Metrics, Place
 from postgrad.methods.language.base import Given, render_prompts, response_seeds
-from postgrad.methods.language.engines import not_ahead
+from postgrad.methods.language.engines import not_older
 from postgrad.methods.language.parts.choices import AdvantageChoice
 from postgrad.methods.language.policy_gradient import PolicyGradientSettings, SampledPolicyGradient
 from postgrad.methods.language.rewarded import RewardedSettings, TaskReward
 from postgrad.methods.language.rollouts import rollout_batch
 from postgrad.models.snapshots import LaggingPolicy
 from postgrad.sampling.ahead import Ahead
+from postgrad.sampling.carried import CarriedGroups
 from postgrad.sampling.conversations import converse
 from postgrad.sampling.engines import Wanted
 from postgrad.sampling.generation import Rollouts, generate, wanted
@@ -41,10 +42,18 @@ class RewardedPolicyGradientSettings(RewardedSettings, PolicyGradientSettings):
         0, "prompts a step whose responses are of earlier steps, besides the fresh ones", ge=0
     )
     replay_steps: int = setting(8, "how many steps back they reach", gt=0)
+    carry: int = setting(
+        0, "prompts under way beyond those of a step, which takes the first that are complete; the "
+        "others' responses go on in the next", ge=0, source="APRIL, arXiv:2509.18521"
+    )  # fmt: skip
+    window: int | None = setting(
+        None, "with carry: new tokens after which it is seen what is complete; a quarter of "
+        "rollout.max_new_tokens when empty", gt=0
+    )  # fmt: skip
 
 
-# what a method may not do its own way where responses are drawn ahead, and why
-_NOT_AHEAD = {
+# what a method may not do its own way where responses are drawn ahead or carried over, and why
+_OWN_WAYS = {
     "choose": "chooses prompts by what it has just learnt",
     "sampled": "draws again by what it has drawn first",
     "collect": "makes its batches in a way of its own",
@@ -69,7 +78,8 @@ class PolicyGradient(SampledPolicyGradient):
     (`epochs`, `minibatches`), come from an older policy (`sync_every`, `sync_delay`), as where
     sampling and training run side by side, or be joined by those of earlier steps, which keep the
     probabilities that they were sampled with (`replay`). With workers they are drawn ahead
-    (`rollout.stale`): the old log-probabilities are then those that they were sampled with.
+    (`rollout.stale`), and what takes long can go on over several steps (`carry`): the old
+    log-probabilities are then those that each token was sampled with.
 
     A subclass changes which prompts are sampled (`choose`), how (`sampled`), what responses are
     worth (`judge`), or which of them count (`selected`).
@@ -95,8 +105,10 @@ class PolicyGradient(SampledPolicyGradient):
                 f"tool: this method writes responses in one turn: expected none, got "
                 f"{config.tool.name!r}"
             )
-        if config.rollout.stale:
-            self._require_ahead(config)
+        for key, value in (("rollout.stale", config.rollout.stale), ("carry", config.carry)):
+            if value:
+                self._require_older(config, key, value)
+        self._require_carry(config)
         super().__init__(config, place, self.data_format, given, held_out_formats="prompts")
         self.reward = TaskReward(config, self.data, reward)
         self.tool = made_tool(config.tool)
@@ -105,6 +117,10 @@ class PolicyGradient(SampledPolicyGradient):
             self.sampler = LaggingPolicy(self.policy, config.sync_every, config.sync_delay)
         self.past = PastSamples(config.replay_steps) if config.replay else None
         self.ahead = Ahead(self.policy, self.policy.engine) if config.rollout.stale else None
+        self.carried: CarriedGroups | None = None
+        if config.carry:
+            samples = config.rollout.samples
+            self.carried = CarriedGroups(self.order.size, config.carry, samples)
         room = config.rollout.max_new_tokens
         self.prompts = render_prompts(self.policy, self.data, config, room)
         if self.held_out is not None:
@@ -113,26 +129,49 @@ class PolicyGradient(SampledPolicyGradient):
     def check(self) -> None:
         self.reward.probe()
 
-    def _require_ahead(self, config: RewardedPolicyGradientSettings) -> None:
-        """Stop where responses cannot be drawn ahead, or not be learnt from."""
+    def _require_older(self, config: RewardedPolicyGradientSettings, key: str, steps: int) -> None:
+        """Stop where responses cannot be of weights of before, as `key` asks, or not be learnt."""
         rollout = config.rollout
         if config.tool.name != "none":
-            raise not_ahead(rollout, "has a tool answer between a response's turns")
-        for name, reason in _NOT_AHEAD.items():
+            raise not_older(key, steps, "has a tool answer between a response's turns")
+        for name, reason in _OWN_WAYS.items():
             if getattr(type(self), name) is not getattr(PolicyGradient, name):
-                raise not_ahead(rollout, reason)
+                raise not_older(key, steps, reason)
         if config.sync_every > 1 or config.sync_delay > 0:
             raise PostgradError(
-                "sync_every, sync_delay: with rollout.stale the workers' weights are older "
-                "already: expected 1 and 0"
+                f"sync_every, sync_delay: with {key} the weights that draw are older already: "
+                "expected 1 and 0"
             )
         for name, value, expected in (("top_p", rollout.top_p, 1), ("top_k", rollout.top_k, 0)):
             if value != expected:
                 raise PostgradError(
-                    f"rollout.{name}: with rollout.stale responses are corrected by the "
+                    f"rollout.{name}: with {key} responses are corrected by the "
                     f"probabilities that they were sampled with, of all tokens: expected "
                     f"{expected}, got {value:g}"
                 )
+
+    def _require_carry(self, config: RewardedPolicyGradientSettings) -> None:
+        """Stop at settings of carrying over that say nothing, or do not go together."""
+        rollout, window = config.rollout, config.window
+        if not config.carry:
+            if window is not None:
+                raise PostgradError(f"window: carry is 0: expected nothing, got {window}")
+            return
+        if rollout.stale:
+            raise PostgradError(
+                "carry: responses are carried over or drawn ahead, not both: expected 0 with "
+                f"rollout.stale={rollout.stale}, got {config.carry}"
+            )
+        if rollout.stop:
+            raise PostgradError(
+                "rollout.stop: a stop string could lie across two windows of carry: expected "
+                f"nothing, got {rollout.stop!r}"
+            )
+        if window is not None and window >= rollout.max_new_tokens:
+            raise PostgradError(
+                f"window: expected fewer than rollout.max_new_tokens, {rollout.max_new_tokens}, "
+                f"got {window}"
+            )
 
     def collect(self, step: int) -> Batch:
         if self.ahead is not None:
@@ -140,7 +179,7 @@ class PolicyGradient(SampledPolicyGradient):
         index = self.choose(step)
         with self.sampler.acting(step) if self.sampler is not None else nullcontext():
             batch = self.sampled(index, step)
-            if self.ahead is not None:
+            if self.ahead is not None or self.carried is not None:
                 batch = batch.with_fields(old_logprobs=batch.sampled_logprobs)
             if self.past is not None:
                 batch = self._with_past(batch, self.past)
@@ -178,7 +217,7 @@ class PolicyGradient(SampledPolicyGradient):
     def stale(self) -> bool:
         config = self.config
         lagging = config.sync_every > 1 or config.sync_delay > 0
-        return lagging or config.replay > 0 or config.rollout.stale > 0
+        return lagging or config.replay > 0 or config.rollout.stale > 0 or config.carry > 0
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -191,22 +230,39 @@ class PolicyGradient(SampledPolicyGradient):
 
     def sampled(self, index: list[int], step: int) -> Batch:
         """Rewarded responses to the prompts of rows `index`, those of one prompt together."""
+        if self.carried is not None:
+            return self._first_complete(self.carried, step)
         if self.ahead is None:
             return self.answered(index, step, "rollout", step)
         with timed("rollout"):
             rollouts = self.ahead.rollouts(step, self._wanted(step))
         return self._grouped(rollouts, index, step)
 
+    def _first_complete(self, carried: CarriedGroups, step: int) -> Batch:
+        """Rewarded responses to the prompts whose responses are complete first."""
+        rollout = self.config.rollout
+        with timed("rollout"):
+            taken = carried.take(
+                self.policy,
+                lambda group: self.prompts[self.order.item(group)],
+                rollout.sampling(),
+                self.config.window or -(-rollout.max_new_tokens // 4),
+                self.place.seed,
+                step,
+            )
+        index = [self.order.item(group) for group in taken.groups]
+        return self._grouped(taken.rollouts, index, step, begun=taken.begun)
+
     def answered(self, index: list[int], step: int, *stream: str | int) -> Batch:
         """Rewarded responses to the prompts of rows `index`, with the draws of the stream."""
         return self._grouped(self.responses(index, *stream), index, step)
 
-    def _grouped(self, rollouts: Rollouts, index: list[int], step: int) -> Batch:
+    def _grouped(self, rollouts: Rollouts, index: list[int], step: int, **fields: Any) -> Batch:
         """Rewarded responses, as many to each prompt of rows `index`."""
         samples = self.config.rollout.samples
         row = torch.tensor(index).repeat_interleave(samples)
         group = torch.arange(len(index)).repeat_interleave(samples)
-        return self.rewarded(rollouts, step, row=row, group=group)
+        return self.rewarded(rollouts, step, row=row, group=group, **fields)
 
     def responses(self, index: list[int], *stream: str | int) -> Rollouts:
         """Responses to the prompts of rows `index`, in several turns if there is a tool."""
@@ -256,6 +312,12 @@ class PolicyGradient(SampledPolicyGradient):
             now = batch.step[0]
             more["replay/age"] = float((now - batch.step).float().mean())
             batch = batch.select((batch.step == now).nonzero().squeeze(1))
+        if self.carried is not None:
+            age = (batch.step - batch.begun).float()
+            more |= {
+                "rollout/staleness": float(age.mean()),
+                "rollout/carried": float((age > 0).float().mean()),
+            }
         described = {**super().describe_batch(batch), **more}
         if self.config.rollout.samples == 1:
             return described
@@ -264,7 +326,12 @@ class PolicyGradient(SampledPolicyGradient):
         return {**described, "reward/degenerate_groups": degenerate}
 
     def state_dict(self) -> dict[str, Any]:
-        others = {"sampler": self.sampler, "past": self.past, "ahead": self.ahead}
+        others = {
+            "sampler": self.sampler,
+            "past": self.past,
+            "ahead": self.ahead,
+            "carried": self.carried,
+        }
         kept = {name: other.state_dict() for name, other in others.items() if other is not None}
         return {**super().state_dict(), **kept}
 
@@ -284,6 +351,8 @@ class PolicyGradient(SampledPolicyGradient):
             self.past.load_state_dict(state["past"])
         if self.ahead is not None:
             self.ahead.load_state_dict(state["ahead"])
+        if self.carried is not None:
+            self.carried.load_state_dict(state["carried"])
 
     def evaluate(self) -> Metrics:
         """Mean reward of greedy completions on held-out prompts."""

@@ -136,9 +136,7 @@ class TPPO(ActorCritic):
 
     def _row(self, item: int) -> int:
         """The row of data of a response, counted from 0 over the run."""
-        number = item // self.config.rollout.samples
-        order = self.order.indices(number // self.order.size)
-        return int(order[number % self.order.size])
+        return self.order.item(item // self.config.rollout.samples)
 
     def _judged(self, windows: Windows) -> tuple[Tensor, dict[str, Tensor]]:
         """The rewards `[N]` of what is complete, 0 elsewhere, and their terms."""
