@@ -319,7 +319,7 @@ def test_it_learns_what_the_policy_already_says_sometimes(tmp_path):
     run = tmp_path / "run"
     train(
         "otr", data=ROWS, steps=60, batch_size=16, max_response_tokens=16, output=run,
-        **{**SMALL, "learning_rate": 5e-3},
+        **SMALL,
     )  # fmt: skip
     rows = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
     assert rows[-1]["likelihood/loss"] < 0.6 * rows[0]["likelihood/loss"]

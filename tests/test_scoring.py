@@ -49,7 +49,7 @@ def test_scores_and_all_gradients_equal_the_plain_forward(name):
     assert scores.logprobs[~scores.mask].abs().sum() == 0
     assert scores.entropies[~scores.mask].abs().sum() == 0
     for found, wanted in ((scores.logprobs, logprobs), (scores.entropies, entropies)):
-        torch.testing.assert_close(found[scores.mask], torch.cat(wanted), rtol=0, atol=3e-5)
+        torch.testing.assert_close(found[scores.mask], torch.cat(wanted), rtol=1e-5, atol=3e-5)
         assert float(
             (found[scores.mask].mean() - torch.cat(wanted).mean()).detach()
         ) == pytest.approx(0, abs=1e-5)
