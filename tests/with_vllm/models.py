@@ -1,4 +1,4 @@
-"""A model that vLLM starts quickly: its kernels want heads of at least 32 numbers."""
+"""A model that vLLM starts quickly (its kernels want heads of at least 32 numbers), and prompts."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,3 +26,9 @@ def write_small_model(folder):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def long_prompts(count):
+    """Different prompts of 90 tokens."""
+    random = torch.Generator().manual_seed(0)
+    return list(torch.randint(4, 60, (count, 90), generator=random))

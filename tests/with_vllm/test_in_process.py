@@ -11,7 +11,7 @@ from postgrad.models.language import LoraSettings, load_policy
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.sampling.vllm_engine import VLLMEngine
 from postgrad.training.record import read_rows
-from with_vllm.models import write_small_model
+from with_vllm.models import long_prompts, write_small_model
 
 CLOSE = 2e-3  # nats: the kernels are others, the weights the same
 
@@ -81,6 +81,12 @@ def test_a_seed_draws_the_same_alone_and_among_others_and_another_seed_does_not(
     alone = drawn(policy, texts=["12+12="], samples=1, seed=2)
     assert alone.texts[0] == together.texts[2]
     assert len(set(drawn(policy, texts=["12+12="], samples=8).texts)) > 1
+
+
+def test_prompts_of_more_tokens_than_vllm_takes_at_once(policy):
+    prompts = long_prompts(400)  # 36,000 tokens
+    rollouts = generate(policy, prompts, SamplingSettings(max_new_tokens=4), seeds=range(400))
+    assert off(policy, rollouts) < CLOSE
 
 
 def test_every_response_has_a_limit_of_its_own(policy):

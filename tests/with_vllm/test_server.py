@@ -19,7 +19,7 @@ from postgrad.models.language import load_policy
 from postgrad.sampling.generation import SamplingSettings, generate
 from postgrad.sampling.vllm_engine import VLLMServer
 from postgrad.training.record import read_rows
-from with_vllm.models import write_small_model
+from with_vllm.models import long_prompts, write_small_model
 
 TOKEN = "a-token-of-the-tests"
 STARTS_WITHIN = 600  # seconds; most of them are imports
@@ -46,8 +46,8 @@ class Served:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self._folder,
             "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32",
-                "--logprobs-mode", "processed_logprobs", "--enforce-eager", "--enable-scale-out",
-            "--kv-cache-memory-bytes", "50000000",
+            "--logprobs-mode", "processed_logprobs", "--enforce-eager", "--enable-scale-out",
+            "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", "50000000",
         ]  # fmt: skip
         changes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": TOKEN}
         self._process = subprocess.Popen(
@@ -126,6 +126,15 @@ def test_it_draws_by_the_policys_weights_and_takes_up_new_ones(folder, served, t
     assert seen[0] != seen[1]
     policy.engine.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_of_more_tokens_than_it_takes_at_once(folder, served, tmp_path):
+    policy = load_policy(folder)
+    policy.engine = VLLMServer(served.address, str(tmp_path))
+    prompts = long_prompts(50)  # 4,500 tokens
+    rollouts = generate(policy, prompts, SamplingSettings(max_new_tokens=4), seeds=range(50))
+    assert len(rollouts.responses) == 50
+    policy.engine.close()
 
 
 def test_a_wrong_token_is_one_line_without_the_token(served, monkeypatch):

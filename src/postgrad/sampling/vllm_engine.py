@@ -138,6 +138,7 @@ class VLLMEngine:
             # vLLM packs an output layer apart on CPUs: tied, it would keep what it started with
             untied_config(policy.whole_network).save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
+            on_cpu = policy.device.type == "cpu"
             with _one_lined():
                 from vllm import LLM
 
@@ -147,7 +148,9 @@ class VLLMEngine:
                     dtype=_sampling_dtype(policy),
                     max_model_len=-1,
                     kv_cache_memory_bytes=self._cache,
-                    enforce_eager=policy.device.type == "cpu",
+                    enforce_eager=on_cpu,
+                    # a prompt in two chunks turns a response's generator back, which no CPU's can
+                    enable_chunked_prefill=not on_cpu,
                     logprobs_mode="processed_logprobs",
                     generation_config="vllm",
                     enable_prefix_caching=True,
