@@ -26,7 +26,14 @@ from postgrad.notices import heard_by
 from postgrad.secrecy import blanked_command, require_no_secrets
 from postgrad.seeding import seed_everything
 from postgrad.training.console import Silent, Terminal
-from postgrad.training.loop import CanBeSharded, Finished, Loop, pick_device, writable
+from postgrad.training.loop import (
+    CanBeSharded,
+    Finished,
+    Loop,
+    pick_device,
+    require_shardable,
+    writable,
+)
 from postgrad.training.optimise import native_precision
 from postgrad.training.record import (
     RUN,
@@ -150,6 +157,8 @@ def _built(slug: str, loop: LoopSettings, own: Settings, objects: dict[str, Any]
     method = build(slug, own, Place(loop.seed, device, loop.steps), objects)
     try:
         method.check()
+        if loop.shard:
+            require_shardable(method)
     except BaseException:
         method.close()
         raise

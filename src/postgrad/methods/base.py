@@ -94,6 +94,10 @@ class Method(ABC):
         """Multiples of the run's learning rate by module; 1 where not given."""
         return {}
 
+    def whole_weights(self) -> str | None:
+        """Why its weights cannot be in shares, one on each process (`shard`); None if they can."""
+        return None
+
     @abstractmethod
     def collect(self, step: int) -> Batch:
         """The batch of step `step` (from 0): from a dataset, rollouts, an environment, replay …

@@ -165,18 +165,15 @@ class LanguagePolicy(TextNetwork):
     def freeze_reference(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """Keep the present weights, or others `weights` by name, as the reference policy.
 
-        With an adapter nothing is copied: the reference is the network with the adapter off.
+        With an adapter nothing is copied: the reference is the network with the adapter off. Of
+        sharded weights every process keeps the whole.
         """
         if self.adapted:
             if weights is not None:
                 raise PostgradError("tune=lora: the reference is the base model, no other weights")
             return
-        if self._skeleton:
-            raise PostgradError(
-                "shard: this method takes a new reference policy while it trains, which sharded "
-                "weights do not allow yet: expected shard=false"
-            )
-        frozen = copy.deepcopy(self.network).requires_grad_(False)
+        with self.whole():
+            frozen = copy.deepcopy(self.whole_network).requires_grad_(False)
         if weights is not None:
             frozen.load_state_dict(weights, strict=False)
         self._frozen = (frozen,)

@@ -7,36 +7,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from postgrad import processes
+
 Weights = dict[str, Tensor]
 
 
 class Snapshot:
     """The trainable weights of a module, kept apart; the module can act by them for a while.
 
-    With adapters only the adapters are kept, so a snapshot costs next to nothing.
+    With adapters only the adapters are kept, so a snapshot costs next to nothing. Of a module that
+    is sharded each process keeps its share, also if it was sharded later.
     """
 
     def __init__(self, module: nn.Module):
         self._module = module
-        self.weights: Weights = {
+        self._weights: Weights = {
             name: parameter.detach().clone() for name, parameter in _trainable(module)
         }
+
+    @property
+    def weights(self) -> Weights:
+        """By name, in shares where the module's are."""
+        for name, parameter in _trainable(self._module):
+            if processes.in_shares(parameter) != processes.in_shares(self._weights[name]):
+                self._weights[name] = processes.like(parameter, self._weights[name])
+        return self._weights
 
     @contextmanager
     def acting(self) -> Iterator[None]:
         """Inside, the module computes with these weights, without gradients."""
         own = {name: parameter.data for name, parameter in _trainable(self._module)}
-        self._point(self.weights)
+        if any(map(processes.in_shares, own.values())):
+            own = {name: value.clone() for name, value in own.items()}
+        self._put(self.weights)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._point(own)
+            self._put(own)
 
-    def _point(self, weights: Weights) -> None:
-        """Let the module's parameters be these tensors."""
+    @torch.no_grad()
+    def _put(self, weights: Weights) -> None:
+        """Let the module's parameters be these tensors, or have their values if it is sharded."""
         for name, parameter in _trainable(self._module):
-            parameter.data = weights[name]
+            if processes.in_shares(parameter):  # FSDP gathers from memory of its own
+                parameter.copy_(weights[name])
+            else:
+                parameter.data = weights[name]
         torch.clear_autocast_cache()  # it keeps what it rounded by parameter, not by value
 
     @torch.no_grad()
@@ -56,7 +73,7 @@ class Snapshot:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, weight in self.weights.items():
-            weight.copy_(state[name])
+            weight.copy_(processes.like(weight, state[name]))
 
 
 class LaggingPolicy:

@@ -103,11 +103,7 @@ class Loop:
         self._remembers_much = False
 
     def _shard(self) -> None:
-        for name, module in self.method.modules().items():
-            if not any(parameter.requires_grad for parameter in module.parameters()):
-                continue
-            if not isinstance(module, CanBeSharded):
-                raise PostgradError(f"shard: the {name} of this method cannot be sharded")
+        for module in require_shardable(self.method):
             module.shard()
 
     def restore(self) -> None:
@@ -408,6 +404,21 @@ class Loop:
                 timer.cancel()
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+def require_shardable(method: Method) -> list[CanBeSharded]:
+    """The method's trainable modules, all of which can be sharded; an error if they cannot."""
+    reason = method.whole_weights()
+    if reason is not None:
+        raise PostgradError(f"shard: this method {reason}: expected false")
+    found: list[CanBeSharded] = []
+    for name, module in method.modules().items():
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            continue
+        if not isinstance(module, CanBeSharded):
+            raise PostgradError(f"shard: the {name} of this method cannot be sharded")
+        found.append(module)
+    return found
 
 
 class EarlyStop:

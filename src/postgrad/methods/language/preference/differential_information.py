@@ -6,6 +6,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from postgrad import processes
 from postgrad.batch import Batch
 from postgrad.config import setting
 from postgrad.methods.base import Metrics, Optimise
@@ -67,6 +68,9 @@ class ProjectedDPO(PreferenceMethod):
     Config = ProjectedDPOSettings
     config: ProjectedDPOSettings
 
+    def whole_weights(self) -> str:
+        return "takes two gradients apart"
+
     def losses(self, found: Compared) -> Tensor:
         return logistic(self.config.beta * found.delta)
 
@@ -92,7 +96,8 @@ class ProjectedDPO(PreferenceMethod):
             ascent, projection = without_lowering(ascent, chosen)
             return with_gradient(value, parameters, [-d for d in ascent]), metrics
 
-        metrics = optimise(loss, batch)
+        with processes.apart():  # the step's direction is no sum of what parts have
+            metrics = optimise(loss, batch)
         return {**metrics, "projection": projection}
 
     def evaluate(self) -> Metrics:

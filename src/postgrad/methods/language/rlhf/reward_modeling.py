@@ -180,6 +180,9 @@ class RewardModeling(Method):
             self.model, data, config, place, given.get("meta_policy"), given.get("meta_data")
         )
 
+    def whole_weights(self) -> str | None:
+        return None if self.shifted is None else "takes a gradient of its own (meta)"
+
     def modules(self) -> dict[str, nn.Module]:
         if self.prototypes is None:
             return {"reward_model": self.model}
