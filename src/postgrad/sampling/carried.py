@@ -9,7 +9,7 @@ from torch import Tensor
 
 from postgrad.models.policy import LanguagePolicy
 from postgrad.sampling.generation import Rollouts, SamplingSettings
-from postgrad.sampling.slots import Slots
+from postgrad.sampling.slots import Slots, Windows
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ class CarriedGroups:
     ) -> Taken:
         """The next groups; `prompt_of` gives the prompt `[P]` of one (see `Slots.advance`)."""
         while len(self._complete) < self._size:
-            self._advance(policy, prompt_of, settings, window, seed, step)
+            windows = self._slots.advance(
+                policy, lambda item: prompt_of(item // self._samples), settings, window, seed
+            )
+            self._add(windows, step)
         groups, self._complete = self._complete[: self._size], self._complete[self._size :]
         responses = [self._open.pop(item) for group in groups for item in self._items(group)]
         tokens = [r.tokens.to(policy.device) for r in responses if r.tokens is not None]
@@ -82,18 +85,7 @@ class CarriedGroups:
         )
         return Taken(groups, rollouts, torch.tensor([response.begun for response in responses]))
 
-    def _advance(
-        self,
-        policy: LanguagePolicy,
-        prompt_of: Callable[[int], Tensor],
-        settings: SamplingSettings,
-        window: int,
-        seed: int,
-        step: int,
-    ) -> None:
-        windows = self._slots.advance(
-            policy, lambda item: prompt_of(item // self._samples), settings, window, seed
-        )
+    def _add(self, windows: Windows, step: int) -> None:
         for place, item in enumerate(windows.items):
             response = self._open.setdefault(item, _Response(step, []))
             response.logprobs.append(windows.rollouts.logprobs[place].cpu())
