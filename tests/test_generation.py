@@ -298,7 +298,7 @@ POLICIES = [("tiny", "full"), ("tiny", "lora"), ("llama", "full"), ("bloom", "fu
 @pytest.mark.parametrize(("name", "tune"), POLICIES)
 def test_the_ends_of_a_mixture_are_policy_and_reference_to_the_bit(name, tune, packed, monkeypatch):
     if not packed:  # as on a GPU
-        monkeypatch.setattr("postgrad.models.policy.can_pack", lambda dtype, device: False)
+        monkeypatch.setattr("postgrad.products.can_pack", lambda dtype, device: False)
     policy = drifted(name, tune)
     own = drawn(policy)
     with policy.reference():
@@ -318,7 +318,7 @@ def test_every_token_of_a_mixture_is_drawn_from_the_mixture(
     name, tune, packed, precision, monkeypatch
 ):
     if not packed:
-        monkeypatch.setattr("postgrad.models.policy.can_pack", lambda dtype, device: False)
+        monkeypatch.setattr("postgrad.products.can_pack", lambda dtype, device: False)
     policy = drifted(name, tune)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         rollouts = drawn(policy, mixture=0.3)

@@ -7,11 +7,6 @@ from torch import nn
 import architectures
 from postgrad.models.lean_decoding import lean_layers
 from postgrad.models.policy import LanguagePolicy
-from postgrad.products import can_pack
-
-pytestmark = pytest.mark.skipif(
-    not can_pack(torch.float32, torch.device("cpu")), reason="oneDNN does not pack here"
-)
 
 
 def sharing(name):

@@ -47,7 +47,14 @@ def test_without_onednn_products_are_pytorchs(monkeypatch):
     assert not can_pack(torch.float32, torch.device("cpu"))
 
 
-@onednn
+@pytest.fixture(params=[pytest.param(True, marks=onednn), False], ids=["packed", "plain"])
+def packing(request, monkeypatch):
+    """Both ways of a `PackedLinear`: by oneDNN, and by PyTorch's products as on a GPU."""
+    if not request.param:
+        monkeypatch.setattr(products, "can_pack", lambda *about: False)
+
+
+@pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_is_the_layer(dtype, bias):
@@ -62,15 +69,30 @@ def test_a_packed_layer_is_the_layer(dtype, bias):
         torch.testing.assert_close(packed(states), expected, rtol=rough, atol=rough)
 
 
-@onednn
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_several_packed_layers_give_their_outputs_side_by_side(bias):
+def test_several_packed_layers_give_their_outputs_side_by_side(dtype, bias):
     layers = [nn.Linear(24, width, bias=bias) for width in (40, 16, 8)]
     biases = [layer.bias for layer in layers] if bias else None
-    packed = PackedLinear([layer.weight for layer in layers], biases, torch.float32)
+    packed = PackedLinear([layer.weight for layer in layers], biases, dtype)
     states = torch.randn(3, 5, 24)
-    expected = torch.cat([layer(states) for layer in layers], -1)
-    torch.testing.assert_close(packed(states), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        expected = torch.cat([layer.to(dtype)(states.to(dtype)) for layer in layers], -1)
+    rough = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(packed(states), expected, rtol=rough, atol=rough)
+
+
+def test_without_packing_matrices_of_that_precision_are_not_copied(monkeypatch):
+    monkeypatch.setattr(products, "can_pack", lambda *about: False)
+    layers = [nn.Linear(24, width) for width in (40, 16)]
+    linear = PackedLinear([layer.weight for layer in layers], None, torch.float32)
+    states = torch.randn(3, 24)
+    before = linear(states)
+    with torch.no_grad():
+        layers[1].weight.zero_()
+    assert torch.equal(linear(states)[:, :40], before[:, :40])
+    assert linear(states)[:, 40:].abs().sum() == 0 < before[:, 40:].abs().sum()
 
 
 def test_sampling_is_the_same_with_and_without_packing(monkeypatch):
@@ -81,7 +103,7 @@ def test_sampling_is_the_same_with_and_without_packing(monkeypatch):
     before = [type(module) for module in policy.network.modules()]
     packed = generate(policy, prompts, settings, seeds=[0, 1])
     assert [type(module) for module in policy.network.modules()] == before
-    monkeypatch.setattr("postgrad.models.policy.can_pack", lambda *about: False)
+    monkeypatch.setattr("postgrad.products.can_pack", lambda *about: False)
     plain = generate(policy, prompts, settings, seeds=[0, 1])
     assert packed.texts == plain.texts
     for one, other in zip(packed.logprobs, plain.logprobs, strict=True):

@@ -56,10 +56,12 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer to decode with, or several of one input: rounded and packed as they are now.
+    """A linear layer to decode with, or several of one input: as they are now, in one precision.
 
-    The outputs of several lie side by side. It makes no gradients, and does not follow later
-    changes of the layers.
+    The outputs of several lie side by side. On CPUs the matrices are packed by oneDNN; elsewhere
+    those that had to be rounded are put together, and others, which would take their memory a
+    second time, are multiplied one after the other. It makes no gradients, and does not follow
+    later changes of the layers.
     """
 
     def __init__(
@@ -67,24 +69,36 @@ class PackedLinear(nn.Module):
     ):
         """The matrices are `[out, in]`, the biases `[out]`."""
         super().__init__()
-        functions = _onednn()
-        assert functions is not None
-        self._multiply, pack = functions
         self.weight = matrices[0]
         self.bias = None if biases is None else biases[0]
-        self._width = sum(map(len, matrices))
         self._dtype = dtype
         self._rounded_bias = None if biases is None else torch.cat([*biases]).detach().to(dtype)
-        rounded = torch.cat([matrix.detach().to(dtype) for matrix in matrices])
-        self._packed = pack(rounded, _PACKED_FOR)
+        self._matrices = [matrix.detach().to(dtype) for matrix in matrices]
+        packs = can_pack(dtype, self.weight.device)
+        if packs or self.weight.dtype != dtype:
+            self._matrices = [torch.cat(self._matrices)]
+        self._width = sum(map(len, self._matrices))
+        self._multiply: Any = None
+        if packs and (functions := _onednn()) is not None:
+            self._multiply, pack = functions
+            self._matrices = [pack(matrix, _PACKED_FOR) for matrix in self._matrices]
 
     def forward(self, states: Tensor) -> Tensor:
         rows = states.reshape(-1, states.shape[-1]).to(self._dtype)
-        product: Tensor = self._multiply(rows, self._packed, self._rounded_bias, "none", [], "")
+        product: Tensor
+        if self._multiply is not None:
+            [matrix] = self._matrices
+            product = self._multiply(rows, matrix, self._rounded_bias, "none", [], "")
+        elif len(self._matrices) == 1:
+            product = nn.functional.linear(rows, self._matrices[0], self._rounded_bias)
+        else:
+            product = torch.cat([rows @ matrix.t() for matrix in self._matrices], -1)
+            if self._rounded_bias is not None:
+                product += self._rounded_bias
         return product.view(*states.shape[:-1], self._width)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether linear layers can be packed for decoding in this precision."""
+    """Whether oneDNN packs matrices of this precision there."""
     known = dtype in (torch.float32, torch.bfloat16)
     return known and device.type == "cpu" and _onednn() is not None

@@ -3,6 +3,9 @@
 A step's attention is one softmax over two parts that are never joined in memory: the scores
 against the prompt, computed for all samples of a prompt together, and those against the sample's
 own tokens.
+
+On a GPU steps are recorded: they then have fixed shapes, and see the whole of the samples' buffers,
+what is not written yet being masked.
 """
 
 from collections.abc import Sequence
@@ -14,8 +17,12 @@ from torch import Tensor, nn
 from postgrad.models.attention import AttentionForm
 from postgrad.models.network import output_layer, packed_hidden
 from postgrad.models.packing import Block, SharedPrefixes
+from postgrad.models.recording import Step, can_record, recorded
 
 _FIRST_ROOM = 64  # tokens for which a sample's buffer has room at first; doubled when full
+_FIRST_ROOM_RECORDED = 256  # a new size is a new recording
+_WORTH_REMOVING = 1 / 8  # share of finished rows at which a smaller batch repays the copying …
+_WORTH_RECORDING = 1 / 2  # … and a new recording
 
 
 class _Prefill:
@@ -60,6 +67,7 @@ class Decoder:
 
     Attributes:
         order: `rows[i]` of every tensor is about the caller's sample `order[i]`.
+        worth_removing: the share of finished rows at which it pays to go on without them.
     """
 
     def __init__(self, network: nn.Module, prompts: Sequence[Tensor], owners: Sequence[int]):
@@ -77,9 +85,18 @@ class Decoder:
         )
         self._hidden = hidden[last]
         self._length = 0  # tokens fed so far, the same for all samples
+        self._place = torch.zeros(1, dtype=torch.long, device=device)  # the same, for recordings
+        self._room = 0
         self._keys: dict[nn.Module, Tensor] = {}
         self._values: dict[nn.Module, Tensor] = {}
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._block_sizes = [
+            torch.tensor(block.lengths, device=device)[:, None] for block in self._prefill.blocks
+        ]
+        self._masks: dict[tuple[int | None, int | None], Tensor | None] = {}
+        self._fixed = can_record(device)  # in shape
+        self._replay: Step | None = None
+        self._stale = True  # the recording, if there is one
+        self.worth_removing = _WORTH_RECORDING if self._fixed else _WORTH_REMOVING
         self._regroup()
 
     def __len__(self) -> int:
@@ -95,9 +112,19 @@ class Decoder:
 
     def feed(self, tokens: Tensor) -> None:
         """Append a token `[rows]` to each sample."""
-        self._masks = {}
-        self._hidden = packed_hidden(self._network, tokens, self._sizes + self._length, self)
+        if self._length == self._room:
+            first = _FIRST_ROOM_RECORDED if self._fixed else _FIRST_ROOM
+            self._room, self._stale = 2 * self._room or first, True
+        if self._fixed and self._stale:
+            self._replay, self._stale = recorded(self._step, tokens), False
+        self._hidden = (self._replay or self._step)(tokens)
         self._length += 1
+        self._place += 1
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        """The states `[rows, d]` after one more token; the same again if it is called again."""
+        self._masks = {}
+        return packed_hidden(self._network, tokens, self._sizes + self._place, self)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only (increasing positions `[n]`)."""
@@ -107,9 +134,10 @@ class Decoder:
         self._hidden = self._hidden[rows]
         for store in (self._keys, self._values):
             for layer, buffer in store.items():
-                kept = buffer.new_empty(len(rows), *buffer.shape[1:])
+                kept = buffer.new_zeros(len(rows), *buffer.shape[1:])
                 kept[:, :, : self._length] = buffer[rows, :, : self._length]
                 store[layer] = kept
+        self._stale = True
         self._regroup()
 
     def attend(
@@ -128,8 +156,9 @@ class Decoder:
         scale = width**-0.5 if form.scale is None else form.scale
         grouped = (query.float() * scale).view(rows, key_heads, heads // key_heads, width)
         own_scores = _capped(grouped @ keys.transpose(2, 3), form)
-        if form.window is not None and keys.shape[2] > form.window:
-            own_scores[..., : keys.shape[2] - form.window] = -torch.inf
+        unseen = self._own_unseen(keys.shape[2], form.window)
+        if unseen is not None:
+            own_scores.masked_fill_(unseen, -torch.inf)
         outputs = []
         for position, group in enumerate(self._groups):
             if group.start == group.stop:
@@ -139,9 +168,9 @@ class Decoder:
             scores = _capped(
                 _to_grid(grouped[part], group, len(prompt_keys)) @ prompt_keys.transpose(2, 3), form
             )
-            mask = self._prompt_mask(position, form.window)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf)
+            unseen = self._prompt_unseen(position, form.window)
+            if unseen is not None:
+                scores = scores.masked_fill(unseen, -torch.inf)
             scores = torch.cat([_to_rows(scores, group, grouped.shape[2]), own_scores[part]], -1)
             to_prompt, to_itself = scores.softmax(-1).split(
                 [prompt_keys.shape[2], keys.shape[2]], -1
@@ -155,19 +184,25 @@ class Decoder:
         return torch.cat(outputs).view(rows, heads, width).to(query.dtype)
 
     def _store(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the newest keys and values; all so far, `[rows, key heads, length + 1, d]`."""
-        end = self._length + 1
+        """Write the newest keys and values; all so far, `[rows, key heads, length + 1, d]`, or of
+        fixed shape `[rows, key heads, room, d]`."""
         views = []
         for store, new in ((self._keys, key), (self._values, value)):
             buffer = store.get(layer)
-            if buffer is None or buffer.shape[2] < end:
-                room = _FIRST_ROOM if buffer is None else 2 * buffer.shape[2]
-                grown = torch.empty(len(new), new.shape[1], room, new.shape[2], device=new.device)
+            if buffer is None or buffer.shape[2] < self._room:
+                # zeros, as what is masked is multiplied, too
+                grown = torch.zeros(
+                    len(new), new.shape[1], self._room, new.shape[2], device=new.device
+                )
                 if buffer is not None:
                     grown[:, :, : self._length] = buffer
                 store[layer] = buffer = grown
-            buffer[:, :, self._length] = new
-            views.append(buffer[:, :, :end])
+            if self._fixed:
+                buffer.index_copy_(2, self._place, new[:, :, None].to(buffer.dtype))
+                views.append(buffer)
+            else:
+                buffer[:, :, self._length] = new
+                views.append(buffer[:, :, : self._length + 1])
         return views[0], views[1]
 
     def _regroup(self) -> None:
@@ -188,18 +223,29 @@ class Decoder:
             first += count
             start += len(local)
 
-    def _prompt_mask(self, position: int, window: int | None) -> Tensor | None:
-        """`[g, 1, 1, P]`: which of a block's padded prompt tokens this step's queries see."""
+    def _own_unseen(self, columns: int, window: int | None) -> Tensor | None:
+        """`[columns]`: which of a sample's own tokens this step's query does not see."""
+        if not self._fixed and (window is None or columns <= window):
+            return None
+        if (None, window) not in self._masks:
+            places = torch.arange(columns, device=self._place.device)
+            unseen = places > self._place
+            if window is not None:
+                unseen |= places <= self._place - window
+            self._masks[None, window] = unseen
+        return self._masks[None, window]
+
+    def _prompt_unseen(self, position: int, window: int | None) -> Tensor | None:
+        """`[g, 1, 1, P]`: which of a block's padded prompt tokens this step's queries miss."""
         if (position, window) not in self._masks:
-            block = self._prefill.blocks[position]
+            block, sizes = self._prefill.blocks[position], self._block_sizes[position]
             self._masks[position, window] = None
             if not block.uniform or window is not None:
-                columns = torch.arange(block.longest, device=self._hidden.device)
-                sizes = torch.tensor(block.lengths, device=columns.device)[:, None]
-                sees = columns < sizes
+                columns = torch.arange(block.longest, device=sizes.device)
+                unseen = columns >= sizes
                 if window is not None:
-                    sees = sees & (columns > sizes + self._length - window)
-                self._masks[position, window] = sees[:, None, None]
+                    unseen = unseen | (columns <= sizes + self._place - window)
+                self._masks[position, window] = unseen[:, None, None]
         return self._masks[position, window]
 
 

@@ -16,6 +16,8 @@ class PlainDecoder:
     batch until all of the batch have finished.
     """
 
+    worth_removing = 1 / 8
+
     def __init__(self, network: nn.Module, prompts: Sequence[Tensor], owners: Sequence[int]):
         self._network = network
         self.order: list[int] = []

@@ -25,7 +25,7 @@ from postgrad.models.scoring import (
     spread,
 )
 from postgrad.models.text_network import TextNetwork
-from postgrad.products import PackedLinear, can_pack
+from postgrad.products import PackedLinear
 
 
 class LanguagePolicy(TextNetwork):
@@ -217,7 +217,8 @@ class LanguagePolicy(TextNetwork):
 
         For every token all matrices are read again; under autocast they would be rounded again,
         too. So a copy of the network is used whose matrices are rounded, and on CPUs packed, once
-        per call; all else it shares.
+        per call; all else it shares. A network that cannot share prompts keeps its rounded
+        matrices from call to call.
         """
         network: Any = self._network()
         if network is self.network:
@@ -234,7 +235,7 @@ class LanguagePolicy(TextNetwork):
         device = self.device.type
         rounding = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if rounding else base_of(network).dtype
-        if self.shares_prefixes and can_pack(dtype, self.device):
+        if self.shares_prefixes:
             packed = _packed_copy(network, dtype)
             try:
                 yield packed
@@ -289,7 +290,7 @@ def _at(tensor: Tensor, device: str) -> Tensor:
 
 
 def _packed_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose linear layers are packed in `dtype`, sharing all other tensors."""
+    """A copy whose linear layers are rounded to `dtype` and packed, sharing all other tensors."""
     copied = _sharing_copy(network)
     lean = list(lean_layers(copied, dtype))
     for _, layer, forward in lean:

@@ -16,8 +16,6 @@ from postgrad.sampling.mixture import ActionMask, decoding
 
 __all__ = ["Rollouts", "SamplingSettings", "generate"]
 
-_WORTH_REMOVING = 1 / 8  # share of finished rows at which a smaller batch repays the copying
-
 
 @dataclass
 class Rollouts:
@@ -140,11 +138,10 @@ def draw_here(
     unique, owners = distinct(repeated)
     with decoding(policy, unique, owners, mixture, mask) as decoder:
         alive = torch.ones(len(decoder), dtype=torch.bool)
+        samples_here = torch.tensor(decoder.order)
+        uniforms = uniforms[samples_here].to(policy.device)
         for step in range(longest):
-            samples_here = torch.tensor(decoder.order)
-            drawn, drawn_logprobs = draw(
-                decoder.logits(), uniforms[samples_here, step].to(policy.device), settings
-            )
+            drawn, drawn_logprobs = draw(decoder.logits(), uniforms[:, step], settings)
             here = samples_here[alive]
             tokens[here, step] = drawn.cpu()[alive]
             logprobs[here, step] = drawn_logprobs.float().cpu()[alive]
@@ -155,10 +152,11 @@ def draw_here(
             if not alive.any():
                 break
             # what fills the context has to go: feeding it on would leave the context
-            if (~alive).float().mean() >= _WORTH_REMOVING or full[samples_here].any():
+            if (~alive).float().mean() >= decoder.worth_removing or full[samples_here].any():
                 rows = alive.nonzero().squeeze(1).to(policy.device)
                 decoder.keep(rows)
-                drawn, alive = drawn[rows], alive[alive]
+                drawn, uniforms = drawn[rows], uniforms[rows]
+                samples_here, alive = samples_here[alive], alive[alive]
             decoder.feed(drawn)
 
     return [

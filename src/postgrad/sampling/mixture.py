@@ -18,9 +18,13 @@ from postgrad.objectives.game import geometric_mixture
 
 
 class Decoding(Protocol):
-    """Samples in progress; `rows[i]` of every tensor is about the caller's sample `order[i]`."""
+    """Samples in progress; `rows[i]` of every tensor is about the caller's sample `order[i]`.
+
+    At a share of `worth_removing` finished rows it pays to go on without them.
+    """
 
     order: list[int]
+    worth_removing: float
 
     def __len__(self) -> int: ...
 
@@ -47,6 +51,7 @@ class JointDecoder:
         self._both = (first, second)
         self._combine = combine
         self.order = first.order
+        self.worth_removing = max(first.worth_removing, second.worth_removing)
 
     def __len__(self) -> int:
         return len(self.order)
