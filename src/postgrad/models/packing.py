@@ -1,16 +1,21 @@
 """Prompts and completions packed into one row of tokens; a prompt's tokens occur only once."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postgrad.models.attention import AttentionForm, masked_attention
 from postgrad.models.prefix_attention import Continued, prefix_attention
+from postgrad.models.row_attention import row_attention, row_mask
 
 _MASK_ELEMENTS = 2**22  # a block's mask holds at most this many
+_ROUGH = 2e-2  # of the norm, between two kernels in half precision
 
 
 class Block:
@@ -91,6 +96,8 @@ class SharedPrefixes:
         self.prompt_blocks: list[Block] = []
         self.prompt_order: list[int] = []
         self._completions: list[list[_Completions]] = []
+        self._row_masks: dict[int | None, Any] = {}  # by window
+        sequences: list[tuple[int, int, int]] = []  # number, that of the prompt, length
         pieces: list[Tensor] = []
         positions: list[Tensor] = []
         end = 0
@@ -102,6 +109,7 @@ class SharedPrefixes:
             for i in members:
                 self.prompt_rows[i] = (end, end + len(prompts[i]))
                 end += len(prompts[i])
+                sequences.append((i, i, len(prompts[i])))
                 pieces.append(prompts[i])
                 positions.append(torch.arange(len(prompts[i]), device=device))
             self.prompt_blocks.append(block)
@@ -118,6 +126,7 @@ class SharedPrefixes:
                 for i, size in zip(bucket, sizes, strict=True):
                     self.completion_rows[i] = (end, end + lengths[i])
                     end += lengths[i]
+                    sequences.append((len(prompts) + i, owners[i], lengths[i]))
                     pieces.append(completions[i])
                     positions.append(torch.arange(size, size + lengths[i], device=device))
                 same = len(set(sizes)) == 1
@@ -134,14 +143,40 @@ class SharedPrefixes:
             self._completions.append(parts)
         self.tokens = torch.cat(pieces)
         self.positions = torch.cat(positions)
+        self._sequences = sequences
 
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
-        on_cpu = query.device.type == "cpu" and form.softcap is None and form.window is None
-        if on_cpu and torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if device == "cuda" and _row_attention_works(
+            query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], form
+        ):
+            return self.attend_in_row(query, key, value, form)
+        return self.attend_in_blocks(query, key, value, form)
+
+    def attend_in_row(
+        self, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        """By one kernel for the whole row."""
+        if form.window not in self._row_masks:
+            numbers, prompts, lengths = torch.tensor(self._sequences).int().unbind(1)
+            self._row_masks[form.window] = row_mask(
+                numbers.repeat_interleave(lengths).to(query.device),
+                prompts.repeat_interleave(lengths).to(query.device),
+                self.positions,
+                form.window,
+            )
+        return row_attention(query, key, value, self._row_masks[form.window], form)
+
+    def attend_in_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        """Block by block, each padded to its longest sequence."""
+        on_cpu = query.device.type == "cpu" and form.softcap is None and form.window is None
         to_itself, with_prompts = (
             (_own_on_cpu, _continued_on_cpu) if on_cpu else (_own_masked, _continued_masked)
         )
@@ -155,6 +190,45 @@ class SharedPrefixes:
                     part.block.unpad(with_prompts(part, *own, keys, values, form))
                 )
         return torch.cat(prompt_outputs + completion_outputs)
+
+
+@cache
+def _row_attention_works(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    width: int,
+    form: AttentionForm,
+) -> bool:
+    """Whether the kernel for whole rows gives there what padded blocks give, and their gradients.
+
+    In half precision only: in float32 it would round more than they do.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    random = torch.Generator().manual_seed(0)
+    prompts = [torch.zeros(size, dtype=torch.long, device=device) for size in (150, 20)]
+    responses = [torch.zeros(size, dtype=torch.long, device=device) for size in (40, 7, 90)]
+    layout = SharedPrefixes(prompts, responses, [0, 0, 1])
+    shapes = [(len(layout.tokens), count, width) for count in (heads, key_heads, key_heads, heads)]
+    query, key, value, slope = (
+        torch.randn(shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes
+    )
+    found = []
+    try:
+        for attend in (layout.attend_in_blocks, layout.attend_in_row):
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                output = attend(query, key, value, form)
+                found.append([output, *torch.autograd.grad(output, (query, key, value), slope)])
+    except Exception as error:  # noqa: BLE001  a compiler fails in many ways; blocks do the same
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"no kernel for whole rows of tokens here: {reason}", stacklevel=2)
+        return False
+    return all(
+        bool((row - block).float().norm() <= _ROUGH * block.float().norm())
+        for block, row in zip(*found, strict=True)
+    )
 
 
 def _own_masked(query: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
