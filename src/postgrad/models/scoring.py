@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from postgrad.models.fused_projection import project_logprobs
 from postgrad.models.network import (
     OutputLayer,
     base_of,
@@ -16,11 +17,7 @@ from postgrad.models.network import (
     pad_right,
 )
 from postgrad.models.packing import SharedPrefixes
-from postgrad.objectives.projection import (
-    differentiable_logits,
-    project_logits,
-    project_logprobs,
-)
+from postgrad.objectives.projection import differentiable_logits, project_logits
 
 _LOGITS_AT_ONCE = 2**22  # where whole distributions are asked for
 

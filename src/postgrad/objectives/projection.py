@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from postgrad.products import product
 
-_CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in float32, which a processor's cache holds
+_CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in float32, which a processor's cache holds …
+_CHUNK_ELEMENTS_ON_GPU = 2**26  # … and 256 MiB on a GPU, which wants few large products
 _LEAST_WIDTH = 1024  # narrower parts of the vocabulary make slow products
 _KEPT_BYTES = 2**26  # products W h of up to this size are kept for the backward pass
 
@@ -149,8 +150,9 @@ def _logits(
     return transform(logits, temperature)
 
 
-def _vocabulary_parts(tokens: int, vocabulary: int) -> list[slice]:
-    width = max(_LEAST_WIDTH, _CHUNK_ELEMENTS // max(1, tokens))
+def _vocabulary_parts(tokens: int, vocabulary: int, device: str) -> list[slice]:
+    elements = _CHUNK_ELEMENTS if device == "cpu" else _CHUNK_ELEMENTS_ON_GPU
+    width = max(_LEAST_WIDTH, elements // max(1, tokens))
     return [slice(start, start + width) for start in range(0, vocabulary, width)]
 
 
@@ -197,7 +199,7 @@ class _Projection(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = _compute_dtype(hidden)
-        parts = _vocabulary_parts(len(hidden), len(weight))
+        parts = _vocabulary_parts(len(hidden), len(weight), hidden.device.type)
         size = len(hidden) * len(weight) * dtype.itemsize
         keep = any(ctx.needs_input_grad[:3]) and size <= _KEPT_BYTES
         kept = []
