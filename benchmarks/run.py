@@ -29,6 +29,7 @@ BENCHMARKS = (
     "growth",
     "startup",
     "control",
+    "gpu",
 )
 RESULTS = ROOT / "benchmarks/results"
 TRIALS = ROOT / ".bench/quick"

@@ -14,7 +14,7 @@ from benchmarks.rows import Row, Setting
 PROCESSES = {
     "bare": ["-c", "pass"],
     "import": ["-c", "import postgrad"],
-    "list": ["-m", "postgrad.cli", "list"],
+    "list": ["-m", "postgrad", "list"],
 }
 REACH_OF_IMPORT = 0.1  # seconds
 REACH_OF_LIST = 0.3

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from benchmarks import gpu
 from benchmarks.harness import Contender, Outcome, race
-from benchmarks.rows import Results, Row, compared
+from benchmarks.rows import Results, Row, Setting, compared
 from benchmarks.run import remarks, table
 from rich.console import Console
 
@@ -95,6 +96,22 @@ def test_a_ratio_says_how_many_times_better_we_are() -> None:
     assert Row("growth", ours=1.2, reach=1.25, at_most=True).reached is True
     assert Row("growth", ours=1.3, reach=1.25, at_most=True).reached is False
     assert Row("without a reach", ours=1.0).reached is None
+
+
+def test_a_gpu_is_judged_by_its_own_limits_and_its_absence_is_said(monkeypatch) -> None:
+    speed = {
+        "device": "a GPU", "precision": "bf16", "shape": "1.5b", "matrix_rate": 7e14,
+        "copy_rate": 4e12, "utilisation": 0.41, "update_tokens_per_second": 3e4,
+        "decoded_tokens_per_second": 2e4, "bandwidth": 0.45, "peak_bytes": 40 * 2**30,
+    }  # fmt: skip
+    update, tokens, decoding, _ = gpu.rows_of(speed)
+    assert (update.reached, decoding.reached, tokens.reached) == (True, False, None)
+    assert update.note == "a GPU, bf16, the shape 1.5b; products 700 Tflop/s, copying 4,000 GB/s"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    missing = gpu.measure(Setting(1, "", quick=True))
+    assert [row.ours for row in missing] == [None, None]
+    for row in missing:
+        assert row.failure == "device: 'cuda' asked for, but torch sees no NVIDIA GPU"
 
 
 def test_results_come_back_from_their_file(tmp_path: Path) -> None:

@@ -340,3 +340,11 @@ def test_doctor(call):
     assert told.exit_code == 0, told.output
     for expected in ("torch", "extra", "smollm2", "bubblewrap"):
         assert expected in told.stdout.lower()
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "postgrad", "list", "--ready"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "grpo" in done.stdout

@@ -121,15 +121,17 @@ def masked_attention(
         form: scale and soft cap; the window must already be in the mask.
         causal: query t sees keys 0..t only.
     """
-    grouped = query.shape[1] != key.shape[1]
-    if form.softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, mask, is_causal=causal, scale=form.scale, enable_gqa=grouped
-        )
-    if grouped:
-        repeats = query.shape[1] // key.shape[1]
+    repeats = query.shape[1] // key.shape[1]
+    # on GPUs the kernels that take a mask take no grouped heads: one that holds all weights would
+    # be chosen
+    if repeats > 1 and (form.softcap is not None or (mask is not None and query.is_cuda)):
         key = key.repeat_interleave(repeats, 1)
         value = value.repeat_interleave(repeats, 1)
+        repeats = 1
+    if form.softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, scale=form.scale, enable_gqa=repeats > 1
+        )
     if causal:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
     scores = query @ key.transpose(2, 3) * (form.scale or query.shape[-1] ** -0.5)

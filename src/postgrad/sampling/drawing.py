@@ -88,12 +88,15 @@ def _inverse(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
     Also the sums `[n]` of exp(logits), whose memory is taken; no logit is above 0.
     """
-    cumulative = logits.exp_().cumsum_(-1)  # torch sums in float64
+    weights = logits.exp_()
+    # in float64, or a token of no weight could lie between two sums that differ by rounding; on
+    # CPUs torch sums so by itself
+    cumulative = weights.cumsum(-1, dtype=torch.float64) if logits.is_cuda else weights.cumsum_(-1)
     total = cumulative[:, -1:]
     # strictly below the total, so that the token found always has a probability above 0
     below = torch.nextafter(total, torch.zeros_like(total))
     threshold = torch.minimum((uniforms * total).to(total.dtype), below)
-    return torch.searchsorted(cumulative, threshold, right=True), total[:, 0]
+    return torch.searchsorted(cumulative, threshold, right=True), total[:, 0].to(logits.dtype)
 
 
 def _chosen(logits: Tensor, tokens: Tensor) -> Tensor:
