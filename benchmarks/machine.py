@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ def describe(repeats: int) -> dict[str, Any]:
             for name, python in (("ours", OURS), ("peers", PEERS), ("vllm", VLLM))
         },
     }
+
+
+def folder_name(processor: str) -> str:
+    """The folder for the results of machines with this processor, such as `amd-epyc`."""
+    plain = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", processor, flags=re.IGNORECASE)
+    return "-".join(re.findall(r"[a-z0-9]+", plain.lower())) or "unknown"
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Run benchmarks, keep their results as JSON, and print one table of all that are there.
+"""Run benchmarks, keep their results as JSON, and print one table of all of this machine's.
 
 python -m benchmarks.run [NAME …] [--repeats N] [--quick]
 """
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.harness import ROOT
 from benchmarks.language import save_small_model
-from benchmarks.machine import describe
+from benchmarks.machine import describe, folder_name
 from benchmarks.rows import Results, Row, Setting
 
 BENCHMARKS = (
@@ -50,8 +50,8 @@ def main() -> None:
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}: expected {', '.join(BENCHMARKS)}")
     setting = _setting(given.repeats, given.quick)
-    folder = TRIALS / "results" if given.quick else RESULTS
     machine = describe(setting.repeats)
+    folder = (TRIALS / "results" if given.quick else RESULTS) / folder_name(machine["processor"])
     for name in given.names or BENCHMARKS:
         print(name, file=sys.stderr, flush=True)
         module = importlib.import_module(f"benchmarks.{name}")

@@ -226,21 +226,25 @@ def commands_help() -> str:
 
 
 def benchmarks_tables() -> str:
-    """The committed benchmark results: what each measures, its rows, and where and when."""
+    """The committed benchmark results: what each measures, and its rows on every machine."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((ROOT / "benchmarks/results").glob("*/*.json")):
+        found.setdefault(file.stem, []).append(json.loads(file.read_text(encoding="utf-8")))
     parts = []
-    for file in sorted((ROOT / "benchmarks/results").glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        rows = [_benchmark_row(row) for row in result["rows"]]
-        heads = ["Row", "Ours", "Peer's", "Times better", "Reach", "Memory", "Peer's", "Times less"]
-        notes = [f"- {row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
-        parts += [
-            f"### {file.stem.replace('_', ' ').capitalize()}",
-            result["what"],
-            _table(heads, rows),
-            "\n".join(notes),
-            f"Measured {result['date'][:10]} by `benchmarks/{file.stem}.py`: "
-            + _machine(result["machine"]),
-        ]
+    for name, results in sorted(found.items()):
+        parts += [f"### {name.replace('_', ' ').capitalize()}", results[0]["what"]]
+        for result in results:
+            rows = [_benchmark_row(row) for row in result["rows"]]
+            heads = ["Row", "Ours", "Peer's", "Times better", "Reach"]
+            heads += ["Memory", "Peer's", "Times less"]
+            notes = [f"- {row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
+            parts += [
+                f"**{result['machine']['processor']}**",
+                _table(heads, rows),
+                "\n".join(notes),
+                f"Measured {result['date'][:10]} by `benchmarks/{name}.py`: "
+                + _machine(result["machine"]),
+            ]
     return "\n\n".join(part for part in parts if part)
 
 

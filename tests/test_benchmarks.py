@@ -8,6 +8,7 @@ import pytest
 from benchmarks import gpu
 from benchmarks.harness import Contender, Outcome, race
 from benchmarks.rows import Results, Row, Setting, compared
+from benchmarks.machine import folder_name
 from benchmarks.run import remarks, table
 from rich.console import Console
 
@@ -112,6 +113,16 @@ def test_a_gpu_is_judged_by_its_own_limits_and_its_absence_is_said(monkeypatch) 
     assert [row.ours for row in missing] == [None, None]
     for row in missing:
         assert row.failure == "device: 'cuda' asked for, but torch sees no NVIDIA GPU"
+
+
+def test_results_of_different_processors_lie_apart() -> None:
+    names = {
+        "AMD EPYC": "amd-epyc",
+        "Intel(R) Xeon(R) Processor": "intel-xeon",
+        "Intel(R) Core(TM) i7-8700K CPU @ 3.70GHz": "intel-core-i7-8700k",
+        "": "unknown",
+    }
+    assert {name: folder_name(name) for name in names} == names
 
 
 def test_results_come_back_from_their_file(tmp_path: Path) -> None:
