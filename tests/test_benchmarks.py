@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from benchmarks import gpu
 from benchmarks.harness import Contender, Outcome, race
-from benchmarks.rows import Results, Row, Setting, compared
 from benchmarks.machine import folder_name
+from benchmarks.rows import Results, Row, Setting, compared
 from benchmarks.run import remarks, table
 from rich.console import Console
 
