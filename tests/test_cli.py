@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy
@@ -340,6 +341,16 @@ def test_doctor(call):
     assert told.exit_code == 0, told.output
     for expected in ("torch", "extra", "smollm2", "bubblewrap"):
         assert expected in told.stdout.lower()
+
+
+def test_doctor_in_a_source_tree_that_is_not_installed(call, monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("postgrad.doctor.requires", requires)
+    told = call("doctor")
+    assert told.exit_code == 0, told.output
+    assert "source tree" in told.stdout
 
 
 def test_the_package_runs_as_a_module():

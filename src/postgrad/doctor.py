@@ -39,7 +39,11 @@ def _machine() -> list[str]:
 def _packages() -> list[str]:
     """Every optional dependency by extra, as the package's own metadata lists them."""
     lines = ["optional parts (pip install 'postgrad[EXTRA]'):"]
-    for text in requires("postgrad") or []:
+    try:
+        listed = requires("postgrad") or []
+    except PackageNotFoundError:
+        return [f"{lines[0]} not known, as this is a source tree and nothing installed"]
+    for text in listed:
         requirement = Requirement(text)
         marker = str(requirement.marker or "")
         if "extra ==" not in marker:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from postgrad import __version__
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.cache import cached_folder
 from postgrad.models.embedded import tiny_tokenizer
@@ -55,7 +56,7 @@ def warmed_up(seed: int, target: float = 0.45, form: Form = PLAIN) -> LanguagePo
         "target": target,
         "recipe": [_BATCH, _RATE, _CORRUPTION, _DEMONSTRATIONS, _FIRST_CHECK, _CHECK_EVERY]
         + ([] if form is PLAIN else [form.name, form.digits]),
-        "versions": [version("postgrad"), version("torch")],
+        "versions": [__version__, version("torch")],
     }
 
     def make(folder: Path) -> None:

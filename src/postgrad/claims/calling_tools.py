@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from postgrad import __version__
 from postgrad.claims import addition_warm_up
 from postgrad.claims.stepping import train_in_steps
 from postgrad.methods.base import Metrics
@@ -92,7 +93,7 @@ def warmed_up(world: World, seed: int) -> LanguagePolicy:
         "name": world.tool,
         "seed": seed,
         "recipe": [_BATCH, _RATE, steps, len(rows)],
-        "versions": [version("postgrad"), version("torch")],
+        "versions": [__version__, version("torch")],
     }
 
     def make(folder: Path) -> None:

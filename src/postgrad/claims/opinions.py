@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postgrad import __version__
 from postgrad.claims.base import Outcome
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.cache import cached_folder
@@ -84,7 +85,7 @@ def reference_policy(
     key = {
         "seed": seed,
         "recipe": [steps, _SENTENCES, _BATCH, _RATE, *tones],
-        "versions": [version("postgrad"), version("torch")],
+        "versions": [__version__, version("torch")],
     }
 
     def make(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from postgrad import __version__
 from postgrad.claims.addition_warm_up import TOKENS, greedy_accuracy, untrained, warmed_up
 from postgrad.claims.base import Claim, Finding, Outcome
 from postgrad.claims.stepping import train_in_steps
@@ -81,7 +82,7 @@ def differences(seed: str, count: int, corruption: float = 0.0) -> list[Row]:
 def first_model(seed: int) -> LanguagePolicy:
     """The warmed-up model of sums, after some training on sums and differences alike; cached."""
     recipe = [_ROWS, _FIRST_STEPS, _FIRST_RATE, BATCH, CORRUPTION]
-    versions = [version("postgrad"), version("torch")]
+    versions = [__version__, version("torch")]
 
     def make(folder: Path) -> None:
         sums = Addition(f"first {seed}").demonstrations(_ROWS, corruption=CORRUPTION, digits=3)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from postgrad import __version__
 from postgrad.claims.base import Claim, Finding, Outcome, load_claim
 from postgrad.errors import PostgradError
 from postgrad.evaluation.statistics import mean_interval, verdict
@@ -90,7 +91,8 @@ def summarise(
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("postgrad", "torch", "transformers", "numpy")},
+            "postgrad": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "numpy")},
         },
     }
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postgrad import __version__
 from postgrad.claims.base import Outcome
 from postgrad.claims.stepping import train_in_steps
 from postgrad.models.cache import cached_folder
@@ -102,7 +103,7 @@ def imitate(
 
 def made_once(name: str, make: Callable[[], LanguagePolicy], **arguments: Any) -> LanguagePolicy:
     """The policy that `make` gives, loaded anew; it is kept, as a function of the `arguments`."""
-    key = {**arguments, "versions": [version("postgrad"), version("torch")]}
+    key = {**arguments, "versions": [__version__, version("torch")]}
 
     def fill(folder: Path) -> None:
         make().save(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postgrad import __version__
 from postgrad.advantages.group import batch_standardised
 from postgrad.advantages.temporal import egae, token_advantages
 from postgrad.claims.addition_warm_up import untrained
@@ -287,7 +288,7 @@ def warmed_up(seed: int) -> LanguagePolicy:
     key = {
         "seed": seed,
         "recipe": [DIGITS, DEMONSTRATIONS, CORRUPTION, TARGET],
-        "versions": [version("postgrad"), version("torch")],
+        "versions": [__version__, version("torch")],
     }
     return load_policy(str(cached_folder("successors", key, partial(_warm_up, seed))))
 

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from postgrad import __version__
 from postgrad.api import build
 from postgrad.catalogue import method_class
 from postgrad.claims.addition_warm_up import untrained
@@ -86,7 +87,7 @@ def start(seed: int, target: float = _TARGET) -> LanguagePolicy:
         "seed": seed,
         "target": target,
         "recipe": [LETTERS, LENGTH, _BATCH, _RATE],
-        "versions": [version("postgrad"), version("torch")],
+        "versions": [__version__, version("torch")],
     }
 
     def make(folder: Path) -> None:

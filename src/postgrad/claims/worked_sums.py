@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from postgrad import __version__
 from postgrad.claims import addition_warm_up
 from postgrad.claims.base import Outcome
 from postgrad.claims.stepping import train_in_steps
@@ -130,7 +131,7 @@ def warmed_up(seed: int, skill: str = "none") -> LanguagePolicy:
         "seed": seed,
         "skill": skill,
         "recipe": [steps, _BATCH, _RATE, _LONG_SHARE, _FORGOTTEN, PROMPT_TOKENS],
-        "versions": [version("postgrad"), version("torch")],
+        "versions": [__version__, version("torch")],
     }
 
     def make(folder: Path) -> None:

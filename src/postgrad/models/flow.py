@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from postgrad import __version__
 from postgrad.errors import MissingExtra, PostgradError
 from postgrad.models.cache import cached_folder
 from postgrad.objectives.flow import flow_times
@@ -206,7 +206,7 @@ def digits_images() -> tuple[Tensor, Tensor]:
 def digits_flow(seed: int = 0, pretraining: Pretraining | None = None) -> ClassFlow:
     """A class flow pretrained on the digits, from the cache or made now (in about 15 seconds)."""
     pretraining = pretraining or Pretraining()
-    key = {"seed": seed, **asdict(pretraining), "postgrad": version("postgrad")}
+    key = {"seed": seed, **asdict(pretraining), "postgrad": __version__}
     folder = cached_folder("digits-flow", key, lambda path: _pretrain(seed, pretraining, path))
     return load_class_flow(folder)
 
