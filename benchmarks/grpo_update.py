@@ -8,7 +8,7 @@ its default; in the row of defaults both choose for themselves.
 The share of the machine is what the update needs over what the machine could do meanwhile: 6
 operations for every token and parameter (a prompt counts once, the embedding's matrix only at
 sampled tokens), against square matrix products of the same precision, timed in the same race: those
-of `torch.mm`, and in float32 those of oneDNN, which the library asks instead.
+of `torch.mm`, and in float32 also those of oneDNN, which the library asks where it is faster.
 """
 
 import random

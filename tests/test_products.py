@@ -27,7 +27,9 @@ def order(rows, columns):
     yield draw[:1].expand(rows, columns)
 
 
-def test_products_are_those_of_pytorch():
+@pytest.mark.parametrize("slow", [True, False])
+def test_products_are_those_of_pytorch(slow, monkeypatch):
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: slow)
     for left in order(70, 90):
         for right in order(60, 90):
             exact = (left.double() @ right.double().t()).float()
@@ -38,6 +40,17 @@ def test_products_are_those_of_pytorch():
 def test_other_precisions_are_left_to_pytorch(dtype):
     left, right = torch.randn(70, 90).to(dtype), torch.randn(60, 90).to(dtype)
     assert torch.equal(product(left, right), left @ right.t())
+
+
+@pytest.mark.parametrize(("maker", "slow"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_mkl_multiplies_on_its_makers_processors(maker, slow, monkeypatch, tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+    monkeypatch.setattr(products, "Path", lambda name: told)
+    products._mkl_is_slow.cache_clear()
+    assert products._mkl_is_slow() is slow
+    monkeypatch.undo()
+    products._mkl_is_slow.cache_clear()
 
 
 def test_without_onednn_products_are_pytorchs(monkeypatch):

@@ -1,14 +1,12 @@
 """Attention of completions to their shared prompts and to themselves, for CPUs.
 
 Scaled dot product attention on a CPU has a backward pass in bfloat16 that is many times slower than
-the matrix products in it, and wants each completion's prompt copied next to its own keys. Here all
-completions of a prompt meet its keys in one product, weights are computed again in the backward
-pass instead of being kept, and nothing is copied per completion.
-
-Inside, tensors are ordered by key head first: queries `[h, n, r, T, d]`, where r query heads share
-each of the h key heads, and keys and values `[h, n, T, d]`.
+the matrix products in it. Here a few sequences at a time are taken through all steps, so that their
+attention weights stay in the processor's cache; only these have their prompt's keys copied next to
+their own. Weights are computed again in the backward pass instead of being kept.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_WEIGHTS = 2**20  # attention weights held at once, 4 MiB in float32, but for …
+_WEIGHTS = 2**19  # attention weights held at once, 2 MiB in float32, but for …
 _LEAST_ROWS = 64  # … fewer queries at once than these make slow products
 
 
@@ -46,7 +44,7 @@ def prefix_attention(
         query: `[n, heads, T, d]`.
         key, value: `[n, key heads, T, d]`; the heads are a multiple of the key heads.
         prompt_key, prompt_value: `[g, key heads, P, d]` of g prompts, padded on the right.
-        continued: the prompt of every sequence; empty if there are no prompts (P = 0).
+        continued: the prompt of every sequence; empty if there are no prompts.
         scale: factor on query · key.
 
     Products run in the precision of the tensors, the softmax in float32 or better.
@@ -72,23 +70,21 @@ class _PrefixAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, prompt_key, prompt_value)
         ctx.settings = (continued, scale)
         n, heads, length, width = query.shape
-        with torch.autocast(query.device.type, enabled=False):
-            queries = _by_key_head(query, key.shape[1], scale)
-            keys, values = _head_first(key), _head_first(value)
-            output = torch.empty_like(queries)
-            for rows in _chunks(queries, prompt_key.shape[2]):
-                part = queries[:, :, :, rows].flatten(2, 3)
-                weights = _weights(part, keys[:, :, : rows.stop], prompt_key, continued, rows)
-                own, to_prompt = _split(weights.to(query.dtype), rows.stop)
-                mixed = _each(own, values[:, :, : rows.stop])
-                for c in continued:
-                    here = slice(c.start, c.stop)
-                    mixed[:, here] += _together(
-                        to_prompt[:, here, :, : c.size], prompt_value[c.prompt, :, : c.size]
-                    )
-                output[:, :, :, rows] = mixed.view(output[:, :, :, rows].shape)
+        grouped = _by_key_head(query, key.shape[1])
         # as [n, T, heads, d] in memory: what follows is a product over heads · d of each token
-        return output.permute(1, 3, 0, 2, 4).reshape(n, length, heads, width).transpose(1, 2)
+        output = query.new_empty(n, length, heads, width).transpose(1, 2)
+        written = _by_key_head(output, key.shape[1])
+        with torch.autocast(query.device.type, enabled=False):
+            for some in _few_at_once(grouped.shape, continued):
+                keys = _with_prompt(key, prompt_key, some)
+                values = _with_prompt(value, prompt_value, some)
+                for rows in _rows(grouped.shape, some):
+                    seen = some.size + rows.stop
+                    part = _part(grouped, some, rows) * scale
+                    weights = _weights(part, keys[:, :seen], rows)
+                    mixed = torch.bmm(weights.to(query.dtype), values[:, :seen])
+                    _set_part(written, some, rows, mixed)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -96,122 +92,112 @@ class _PrefixAttention(torch.autograd.Function):
         query, key, value, prompt_key, prompt_value = ctx.saved_tensors
         continued, scale = ctx.settings
         dtype = query.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        grouped = _by_key_head(query, key.shape[1])
+        slopes = _by_key_head(gradients[0], key.shape[1])
+        grad_query = torch.empty_like(query)
+        grad_grouped = _by_key_head(grad_query, key.shape[1])
+        grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+        grad_prompt_key = torch.zeros_like(prompt_key, dtype=exact)
+        grad_prompt_value = torch.zeros_like(prompt_value, dtype=exact)
         with torch.autocast(query.device.type, enabled=False):
-            queries = _by_key_head(query, key.shape[1], scale)
-            slopes = _by_key_head(gradients[0], key.shape[1], 1.0)
-            keys, values = _head_first(key), _head_first(value)
-            grad_queries = torch.empty_like(queries)
-            grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-            grad_prompt_key = torch.zeros_like(prompt_key)
-            grad_prompt_value = torch.zeros_like(prompt_value)
-            for rows in _chunks(queries, prompt_key.shape[2]):
-                part = queries[:, :, :, rows].flatten(2, 3)
-                slope = slopes[:, :, :, rows].flatten(2, 3)
-                own_keys, own_values = keys[:, :, : rows.stop], values[:, :, : rows.stop]
-                weights = _weights(part, own_keys, prompt_key, continued, rows)
-                # ∂/∂weights, then through the softmax
-                change = _products(slope, own_values, prompt_value, continued, weights.shape[-1])
-                change = torch.ops.aten._softmax_backward_data(change, weights, -1, weights.dtype)
-                own, to_prompt = _split(weights.to(dtype), rows.stop)
-                own_change, prompt_change = _split(change.to(dtype), rows.stop)
-                grad_part = _each(own_change, own_keys)
-                grad_keys[:, :, : rows.stop] += _each(own_change.transpose(2, 3), part)
-                grad_values[:, :, : rows.stop] += _each(own.transpose(2, 3), slope)
-                for c in continued:
-                    here = slice(c.start, c.stop)
-                    inside = prompt_change[:, here, :, : c.size]
-                    grad_part[:, here] += _together(inside, prompt_key[c.prompt, :, : c.size])
-                    grad_prompt_key[c.prompt, :, : c.size] += _summed(inside, part[:, here])
-                    grad_prompt_value[c.prompt, :, : c.size] += _summed(
-                        to_prompt[:, here, :, : c.size], slope[:, here]
-                    )
-                grad_queries[:, :, :, rows] = grad_part.view(grad_queries[:, :, :, rows].shape)
-            grad_query = grad_queries.mul_(scale).permute(1, 0, 2, 3, 4).flatten(1, 2)
+            for some in _few_at_once(grouped.shape, continued):
+                keys = _with_prompt(key, prompt_key, some)
+                values = _with_prompt(value, prompt_value, some)
+                grad_keys: Tensor | None = None
+                # the last queries see all keys, so what comes after them is added to theirs
+                for rows in reversed(_rows(grouped.shape, some)):
+                    seen = some.size + rows.stop
+                    part = _part(grouped, some, rows) * scale
+                    slope = _part(slopes, some, rows)
+                    weights = _weights(part, keys[:, :seen], rows)
+                    # ∂/∂weights, then through the softmax
+                    change = torch.bmm(slope, values[:, :seen].transpose(1, 2)).to(exact)
+                    change = torch.ops.aten._softmax_backward_data(change, weights, -1, exact)
+                    weights, change = weights.to(dtype), change.to(dtype)
+                    grad_part = torch.bmm(change, keys[:, :seen])
+                    _set_part(grad_grouped, some, rows, grad_part.mul_(scale))
+                    to_keys = torch.bmm(change.transpose(1, 2), part)
+                    to_values = torch.bmm(weights.transpose(1, 2), slope)
+                    if grad_keys is None:
+                        grad_keys, grad_values = to_keys.to(exact), to_values.to(exact)
+                    else:
+                        grad_keys[:, :seen] += to_keys
+                        grad_values[:, :seen] += to_values
+                assert grad_keys is not None
+                _hand_back(grad_keys, grad_key, grad_prompt_key, some)
+                _hand_back(grad_values, grad_value, grad_prompt_value, some)
         return (
             grad_query,
-            grad_keys.transpose(0, 1),
-            grad_values.transpose(0, 1),
-            grad_prompt_key,
-            grad_prompt_value,
+            grad_key,
+            grad_value,
+            grad_prompt_key.to(dtype),
+            grad_prompt_value.to(dtype),
             None,
             None,
         )
 
 
-def _by_key_head(query: Tensor, key_heads: int, factor: float) -> Tensor:
-    """`[h, n, r, T, d]` from `[n, heads, T, d]`, times a factor."""
-    n, heads, length, width = query.shape
-    grouped = query.view(n, key_heads, heads // key_heads, length, width).transpose(0, 1)
-    ordered = torch.empty(grouped.shape, dtype=query.dtype, device=query.device)
-    return torch.mul(grouped, factor, out=ordered)
+def _by_key_head(query: Tensor, key_heads: int) -> Tensor:
+    """`[n, h, r, T, d]` of `[n, heads, T, d]`: r query heads share each of the h key heads."""
+    return query.unflatten(1, (key_heads, query.shape[1] // key_heads))
 
 
-def _head_first(padded: Tensor) -> Tensor:
-    """`[h, n, T, d]` from `[n, h, T, d]`."""
-    return padded.transpose(0, 1).contiguous()
+def _few_at_once(shape: torch.Size, continued: tuple[Continued, ...]) -> Iterator[Continued]:
+    """All sequences, a few of one prompt at a time, so that their weights stay within bounds."""
+    n, key_heads, repeats, length, _ = shape
+    for whole in continued or (Continued(0, n, 0, 0),):
+        each = key_heads * repeats * length * (whole.size + length)
+        count = whole.stop - whole.start
+        count = -(-count // -(-count // max(1, _WEIGHTS // each)))  # parts of about the same size
+        for start in range(whole.start, whole.stop, count):
+            stop = min(start + count, whole.stop)
+            yield Continued(start, stop, whole.prompt, whole.size)
 
 
-def _chunks(queries: Tensor, prompt_length: int) -> list[slice]:
-    """Positions 0..T cut so that a chunk's attention weights stay within bounds."""
-    h, n, repeats, length, _ = queries.shape
-    rows = max(_LEAST_ROWS, _WEIGHTS // (h * n * repeats * (prompt_length + length)))
-    return [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
+def _rows(shape: torch.Size, some: Continued) -> list[slice]:
+    """Positions 0..T, cut so that the weights stay within bounds where one sequence is long."""
+    _, key_heads, repeats, length, _ = shape
+    each = (some.stop - some.start) * key_heads * repeats * (some.size + length)
+    count = max(_LEAST_ROWS, _WEIGHTS // each)
+    return [slice(start, min(start + count, length)) for start in range(0, length, count)]
 
 
-def _weights(
-    part: Tensor,
-    keys: Tensor,
-    prompt_key: Tensor,
-    continued: tuple[Continued, ...],
-    rows: slice,
-) -> Tensor:
-    """Attention weights `[h, n, r · rows, stop + P]` of the queries at `rows`: first to the
-    sequence's own tokens so far, then to its prompt."""
-    scores = _products(part, keys, prompt_key, continued, rows.stop + prompt_key.shape[2])
-    for c in continued:
-        scores[:, c.start : c.stop, :, rows.stop + c.size :] = -torch.inf
+def _with_prompt(own: Tensor, of_prompts: Tensor, some: Continued) -> Tensor:
+    """`[n · h, P + T, d]`: the prompt's keys (or values), then those of each sequence."""
+    mine = own[some.start : some.stop]
+    if some.size == 0:
+        return mine.flatten(0, 1)
+    shared = of_prompts[some.prompt, :, : some.size].expand(len(mine), -1, -1, -1)
+    return torch.cat([shared, mine], 2).flatten(0, 1)
+
+
+def _hand_back(gradient: Tensor, own: Tensor, of_prompts: Tensor, some: Continued) -> None:
+    """Gradients of what `_with_prompt` has put together, to where it came from."""
+    apart = gradient.unflatten(0, (some.stop - some.start, own.shape[1]))
+    own[some.start : some.stop] = apart[:, :, some.size :]
+    if some.size:
+        of_prompts[some.prompt, :, : some.size] += apart[:, :, : some.size].sum(0)
+
+
+def _part(grouped: Tensor, some: Continued, rows: slice) -> Tensor:
+    """`[n · h, r · rows, d]` of `[n, h, r, T, d]`."""
+    part = grouped[some.start : some.stop, :, :, rows]
+    return part.reshape(-1, part.shape[2] * part.shape[3], part.shape[4])
+
+
+def _set_part(grouped: Tensor, some: Continued, rows: slice, part: Tensor) -> None:
+    target = grouped[some.start : some.stop, :, :, rows]
+    target.copy_(part.view(target.shape))
+
+
+def _weights(part: Tensor, keys: Tensor, rows: slice) -> Tensor:
+    """Attention weights `[n · h, r · rows, P + stop]` of the queries at `rows`, in float32 or
+    better."""
+    scores = torch.bmm(part, keys.transpose(1, 2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     count = rows.stop - rows.start
     later = torch.ones(count, count, dtype=torch.bool, device=part.device).triu(1)
-    repeats = part.shape[2] // count
-    scores[..., rows].unflatten(2, (repeats, count)).masked_fill_(later, -torch.inf)
+    own = scores.unflatten(1, (-1, count))[..., keys.shape[1] - count :]
+    own.masked_fill_(later, -torch.inf)
     return torch.softmax(scores, -1)
-
-
-def _products(
-    left: Tensor,
-    right: Tensor,
-    prompt_right: Tensor,
-    continued: tuple[Continued, ...],
-    columns: int,
-) -> Tensor:
-    """`left · rightᵀ` of every sequence with its own and with its prompt's, in float32 or better;
-    0 in the columns beyond a prompt's end."""
-    dtype = torch.promote_types(left.dtype, torch.float32)
-    own = right.shape[2]
-    result = torch.empty(*left.shape[:3], columns, dtype=dtype, device=left.device)
-    result[..., :own] = _each(left, right.transpose(2, 3))
-    for c in continued:
-        here = slice(c.start, c.stop)
-        factor = prompt_right[c.prompt, :, : c.size].transpose(1, 2)
-        result[:, here, :, own : own + c.size] = _together(left[:, here], factor)
-        result[:, here, :, own + c.size :] = 0
-    return result
-
-
-def _split(weights: Tensor, own: int) -> tuple[Tensor, Tensor]:
-    return weights[..., :own], weights[..., own:]
-
-
-def _each(left: Tensor, right: Tensor) -> Tensor:
-    """Each sequence's own product: `[h, n, a, c]` from `[h, n, a, b]` and `[h, n, b, c]`."""
-    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
-
-
-def _together(left: Tensor, right: Tensor) -> Tensor:
-    """One product for all: `[h, n, a, c]` from `[h, n, a, b]` and `[h, b, c]`."""
-    return torch.bmm(left.flatten(1, 2), right).unflatten(1, left.shape[1:3])
-
-
-def _summed(left: Tensor, right: Tensor) -> Tensor:
-    """Σ over sequences of leftᵀ · right: `[h, b, c]` from `[h, n, a, b]` and `[h, n, a, c]`."""
-    return torch.bmm(left.flatten(1, 2).transpose(1, 2), right.flatten(1, 2))
