@@ -225,6 +225,9 @@ def commands_help() -> str:
     return "\n".join(parts)
 
 
+_SPELLED = {"dpo": "DPO", "gpu": "GPU", "grpo": "GRPO", "sft": "SFT", "vllm": "vLLM"}
+
+
 def benchmarks_tables() -> str:
     """The committed benchmark results: what each measures, and its rows on every machine."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -232,7 +235,8 @@ def benchmarks_tables() -> str:
         found.setdefault(file.stem, []).append(json.loads(file.read_text(encoding="utf-8")))
     parts = []
     for name, results in sorted(found.items()):
-        parts += [f"### {name.replace('_', ' ').capitalize()}", results[0]["what"]]
+        words = [_SPELLED.get(word, word) for word in name.split("_")]
+        parts += [f"### {words[0][0].upper()}{' '.join(words)[1:]}", results[0]["what"]]
         for result in results:
             rows = [_benchmark_row(row) for row in result["rows"]]
             heads = ["Row", "Ours", "Peer's", "Times better", "Reach"]
