@@ -16,7 +16,7 @@ train: .venv/ready
 	.venv/bin/postgrad train --config recipes/grace.yaml
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal
 
 # a Ray cluster of two nodes on this machine: workers, what they draw, and what happens without them
 test-cluster: .venv/ready

@@ -1,6 +1,5 @@
 """A run killed at any moment and resumed ends as the uninterrupted one, to the bit."""
 
-import multiprocessing
 import random
 import signal
 import time
@@ -10,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from postgrad.training.record import is_run, read_rows
+from several import forked_from_a_warm_process
 
 KILL_POINTS = 50
 
@@ -27,9 +27,7 @@ def train_or_resume(folder: str) -> None:
 @pytest.fixture(scope="module")
 def processes():
     """Processes that start with everything imported, so that kills fall into the run itself."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm_grpo"])
-    return context
+    return forked_from_a_warm_process()
 
 
 def run(processes, folder: Path, kill_after: float | None = None) -> bool:

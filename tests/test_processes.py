@@ -334,6 +334,16 @@ def test_shares_are_even_and_what_must_be_done_once_is(tmp_path):
     assert len(list(tmp_path.glob("done-*"))) == 3
 
 
+def parted_and_met():
+    for _ in range(5):
+        with processes.joined():
+            assert processes.gathered(processes.rank) == [0, 1]
+
+
+def test_processes_that_parted_meet_again(tmp_path):
+    assert not together(2, tmp_path, parted_and_met)
+
+
 def mistaken():
     def compute(share):
         if 3 in share:

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
+from itertools import count as count_from
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +26,9 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 _BUCKET = 2**24  # numbers in one exchange of gradients
+_PATIENCE = timedelta(minutes=30)  # how long one waits for the others
 _alone = False  # this process is busy with work of its own (see `apart`)
+_joins = count_from(1)  # how often this process has met the others
 
 
 def launched() -> bool:
@@ -53,20 +57,32 @@ def local_rank() -> int:
 
 
 @contextmanager
-def joined(patience: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+def joined() -> Iterator[None]:
     """Inside, the processes that a launcher started know each other; nothing where there is one.
 
-    `patience` is how long one waits for the others before it gives up.
+    They may part and meet again, as in a program that trains twice.
     """
     if not launched() or dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=patience)
+    # each time under a name of its own, or who is early finds what the others left there
+    place, rank, world = _meeting()
+    store = dist.distributed_c10d.PrefixStore(f"postgrad-{next(_joins)}", place)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@cache
+def _meeting() -> tuple[Any, int, int]:
+    """The store where processes find each other, kept as long as they live; rank; how many."""
+    from torch.distributed.rendezvous import rendezvous
+
+    met: tuple[Any, int, int] = next(rendezvous("env://", timeout=_PATIENCE))  # type: ignore[no-untyped-call]
+    return met
 
 
 @contextmanager
